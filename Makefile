@@ -1,0 +1,47 @@
+# Two commands on a fresh machine with Python 3.11: `make demo` and `make test`. `make demo ACCELERATOR=cuda` takes the CUDA build.
+PYTHON      ?= python3.11
+VENV        ?= .venv
+ACCELERATOR ?= cpu
+PY          := $(VENV)/bin/python
+STAMP       := $(VENV)/.installed-$(ACCELERATOR)
+PIP         := $(PY) -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
+# The package as it is installed, for the type checker, which cannot see the mapping of an editable install.
+TYPING      := build/typing
+SOURCES     := torchrec_em3 components datasets torchx_specs benchmarks tests setup.py
+
+# Everything that runs is installed below; nothing is fetched while it runs.
+export HF_HUB_OFFLINE ?= 1
+# With gloo and small operations, waiting threads that spin cost more than they gain.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test test-fast lint install clean
+
+demo: $(STAMP)
+	$(PY) -m torchrec_em3 demo
+
+test: $(STAMP)
+	$(PY) -m pytest
+
+test-fast: $(STAMP)
+	$(PY) -m pytest -m "not slow"
+
+lint: $(STAMP)
+	$(PY) -m ruff check $(SOURCES)
+	$(PY) -m ruff format --check $(SOURCES)
+	rm -rf $(TYPING) && mkdir -p $(TYPING)/torchrec_em3
+	ln -s $(addprefix $(CURDIR)/,$(wildcard torchrec_em3/*) components datasets torchx_specs) $(TYPING)/torchrec_em3/
+	cd $(TYPING) && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml
+
+install: $(STAMP)
+
+# torch first: what comes after must find the build that is already there.
+$(STAMP): setup.py pyproject.toml $(wildcard requirements/*.txt) $(wildcard packaging/*/pyproject.toml)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -r requirements/$(ACCELERATOR).txt -r requirements/test.txt
+	$(PIP) --no-deps --editable .
+	$(PY) -m pip check
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
