@@ -1,0 +1,189 @@
+"""From raw events to catalogue rows, user rows, labels, splits and histories; arrays in, arrays out, no files.
+
+Shape letters: E events, I item rows, U user rows (row 0, "unknown", included in both).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+
+from torchrec_em3.datasets import splits
+from torchrec_em3.datasets.checks import arrow_strings, encode_ids
+from torchrec_em3.datasets.raw import RawDataset
+from torchrec_em3.errors import ConfigError, DataError
+from torchrec_em3.registry import closest
+
+__all__ = ["Histories", "IndexedDataset", "Rows", "build_histories", "index_dataset", "rank_rows"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a table of users or items: row 0 is "unknown", then come those with training events, then the others.
+
+    Attributes:
+        raw_id: Publisher's id of each row, str [rows]; "" in row 0.
+        train_count: Training events of each row, int64 [rows]; decreasing from row 1.
+        known: Number of rows with training events; they are rows 1..known.
+    """
+
+    raw_id: np.ndarray
+    train_count: np.ndarray
+    known: int
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Each user's events in time order, one user after the other.
+
+    Attributes:
+        offsets: int64 [U + 1]; user row u has `items[offsets[u] : offsets[u + 1]]`.
+        items: Catalogue rows, int32.
+        end: For each event, in the order given, where the events strictly before it end in `items`, int64.
+    """
+
+    offsets: np.ndarray
+    items: np.ndarray
+    end: np.ndarray
+
+
+@dataclass(frozen=True)
+class IndexedDataset:
+    """A data set in numbers. Events are in global time order: by timestamp, then user row, then original order.
+
+    Attributes:
+        users: User rows.
+        items: Catalogue rows.
+        catalogue: For each item row from 1 on, the position of the item in the raw catalogue, int64 [I - 1].
+        events: Columns `user`, `item`, `label`, `rating`, `timestamp`, `history_end`, `split`; `probability` if known.
+        histories: Histories of all users.
+        time_cuts: First timestamp of validation and of test, or None where the split knows no global cut.
+    """
+
+    users: Rows
+    items: Rows
+    catalogue: np.ndarray
+    events: dict[str, np.ndarray]
+    histories: Histories
+    time_cuts: tuple[int, int] | None
+
+
+def index_dataset(raw: RawDataset, *, split: str, seed: int, label_threshold: float | None) -> IndexedDataset:
+    """Give every user and item a row, label and split the events, and lay out the histories.
+
+    Args:
+        raw: A data set that `check_raw` has passed.
+        split: One of `splits.SPLITS`.
+        seed: Seed of the choice of cold items; the other splits use no chance.
+        label_threshold: Smallest rating that is positive; None if ratings are 0 and 1 already.
+
+    Returns:
+        The indexed data set; the same for the same raw data, whatever rows its catalogue has them in.
+
+    Raises:
+        ConfigError: If the split is unknown.
+        DataError: If the split cannot be made, or a rating is neither 0 nor 1 though `label_threshold` is None.
+    """
+    label = _labels(raw, label_threshold)
+    user_ids, user_code = encode_ids(raw.user_id)
+    item_ids, catalogue_code = encode_ids(raw.items.item_id)
+    item_code = pc.index_in(arrow_strings(raw.item_id), value_set=arrow_strings(item_ids))
+    item_code = item_code.to_numpy().astype(np.int64)
+    split_E, cuts = _split(split, user_code, item_code, raw.timestamp, seed)
+    train = split_E == splits.TRAIN
+    users, user_row = rank_rows(user_ids, user_code[train])
+    items, item_row = rank_rows(item_ids, item_code[train])
+    catalogue = np.empty(len(item_ids), dtype=np.int64)
+    catalogue[item_row[catalogue_code] - 1] = np.arange(len(item_ids))
+
+    user, item = user_row[user_code], item_row[item_code]
+    order = np.lexsort((user, raw.timestamp))
+    user, item, timestamp = user[order], item[order], raw.timestamp[order].astype(np.int64)
+    histories = build_histories(user, item, timestamp, num_user_rows=len(users.raw_id))
+    events = {
+        "user": user.astype(np.int32),
+        "item": item.astype(np.int32),
+        "label": label[order],
+        "rating": raw.rating[order].astype(np.float32),
+        "timestamp": timestamp,
+        "history_end": histories.end,
+        "split": split_E[order],
+    }
+    if raw.probability is not None:
+        events["probability"] = raw.probability[order].astype(np.float32)
+    return IndexedDataset(users, items, catalogue, events, histories, cuts)
+
+
+def rank_rows(ids: np.ndarray, train_code: np.ndarray) -> tuple[Rows, np.ndarray]:
+    """Order ids by decreasing training count, ties by id, behind an "unknown" in row 0.
+
+    Args:
+        ids: Distinct ids in string order, str [n].
+        train_code: Position in `ids` of each training event's user or item, integers.
+
+    Returns:
+        The n + 1 rows, and the row of each entry of `ids`, int64 [n].
+    """
+    count = np.bincount(train_code, minlength=len(ids)).astype(np.int64)
+    order = np.argsort(-count, kind="stable")
+    row = np.empty(len(ids), dtype=np.int64)
+    row[order] = np.arange(1, len(ids) + 1)
+    rows = Rows(
+        raw_id=np.concatenate([np.array([""], dtype=ids.dtype), ids[order]]),
+        train_count=np.concatenate([[0], count[order]]),
+        known=int(np.count_nonzero(count)),
+    )
+    return rows, row
+
+
+def build_histories(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray, num_user_rows: int) -> Histories:
+    """Lay every user's events one behind the other and mark, for each event, which of them came strictly before it.
+
+    Events of one user with equal timestamps do not see each other.
+
+    Args:
+        user: User row of each event, integers [E].
+        item: Catalogue row, integers [E].
+        timestamp: Integers [E], never decreasing.
+        num_user_rows: Rows of the user table, row 0 included.
+
+    Returns:
+        The histories; `end` is aligned with the arguments.
+    """
+    by_user = np.argsort(user, kind="stable")
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=num_user_rows))])
+    starts = np.ones(len(user), dtype=bool)
+    starts[1:] = (np.diff(user[by_user]) != 0) | (np.diff(timestamp[by_user]) != 0)
+    # An instant's first event marks where the history of all of the instant's events ends.
+    first = np.maximum.accumulate(np.where(starts, np.arange(len(user)), 0))
+    end = np.empty(len(user), dtype=np.int64)
+    end[by_user] = first
+    return Histories(offsets.astype(np.int64), item[by_user].astype(np.int32), end)
+
+
+def _labels(raw: RawDataset, threshold: float | None) -> np.ndarray:
+    if threshold is not None:
+        return (raw.rating >= threshold).astype(np.int8)
+    bad = (raw.rating != 0) & (raw.rating != 1)
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise DataError(
+            f"data set '{raw.name}' row {row}: rating is {raw.rating[row]:g}, but without a label threshold it must be "
+            "0 or 1; set --label_threshold"
+        )
+    return raw.rating.astype(np.int8)
+
+
+def _split(
+    name: str, user: np.ndarray, item: np.ndarray, timestamp: np.ndarray, seed: int
+) -> tuple[np.ndarray, tuple[int, int] | None]:
+    if name == "temporal":
+        return splits.temporal(timestamp)
+    if name == "cold_items":
+        return splits.cold_items(item, timestamp, seed)
+    if name == "leave_last":
+        order = np.empty(len(timestamp), dtype=np.int64)
+        order[np.argsort(timestamp, kind="stable")] = np.arange(len(timestamp))
+        return splits.leave_last(user, order), None
+    known = list(splits.SPLITS)
+    raise ConfigError(f"unknown split '{name}'; known: {', '.join(known)}.{closest(name, known)}")

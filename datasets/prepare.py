@@ -1,0 +1,287 @@
+"""From a raw data set to a prepared folder: index, split, encode, write; docs/data-format.md describes the folder."""
+
+import json
+import logging
+import platform
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from torchrec_em3 import __version__
+from torchrec_em3.components.encoders import image as _image  # noqa: F401  (registers its encoders)
+from torchrec_em3.components.encoders import text as _text  # noqa: F401
+from torchrec_em3.components.interfaces import TokenEncoder
+from torchrec_em3.datasets import splits
+from torchrec_em3.datasets.checks import check_raw
+from torchrec_em3.datasets.indexing import IndexedDataset, index_dataset
+from torchrec_em3.datasets.prepared import FORMAT_VERSION, hash_content
+from torchrec_em3.datasets.raw import RawDataset
+from torchrec_em3.datasets.tokens import write_tokens
+from torchrec_em3.errors import ConfigError, DataError
+from torchrec_em3.registry import ENCODERS, closest
+
+__all__ = ["PrepareOptions", "prepare"]
+
+NO_ENCODER = "none"
+# Small enough that a damaged row group costs little to find, large enough that zstd and statistics pay.
+_ROW_GROUP_ROWS = 1 << 17
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """How raw data is split, labelled and encoded."""
+
+    split: str = "temporal"
+    """`temporal` (global time cut 80/10/10), `leave_last` (per user) or `cold_items` (10% of items never trained)."""
+
+    seed: int = 0
+    """Seed of the choice of cold items."""
+
+    label_threshold: float | None = 4.0
+    """Smallest rating that counts as positive; null if ratings are 0 and 1 already."""
+
+    text_encoder: str = "minilm"
+    """Registered name of the text encoder, or `none`."""
+
+    image_encoder: str = "efficientnet_lite0"
+    """Registered name of the image encoder, or `none`."""
+
+    text_encoder_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the text encoder."""
+
+    image_encoder_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the image encoder."""
+
+    encode_batch_size: int = 64
+    """Items that an encoder reads at a time."""
+
+    max_part_rows: int = 4_000_000
+    """Most rows of one interactions file."""
+
+    overwrite: bool = False
+    """Replace a prepared folder that is there already."""
+
+    def __post_init__(self) -> None:
+        """Check each option."""
+        if self.split not in splits.SPLITS:
+            known = list(splits.SPLITS)
+            raise ConfigError(
+                f"option split is '{self.split}', must be one of {', '.join(known)}.{closest(self.split, known)}"
+            )
+        for name in ("encode_batch_size", "max_part_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"option {name} is {getattr(self, name)}, must be at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"option seed is {self.seed}, must be at least 0")
+        if self.label_threshold is not None and not np.isfinite(self.label_threshold):
+            raise ConfigError(f"option label_threshold is {self.label_threshold}, must be a finite number or null")
+
+
+def prepare(raw: RawDataset, out: Path, options: PrepareOptions) -> dict[str, Any]:
+    """Write the prepared form of `raw` to the folder `out`.
+
+    Everything goes into a temporary folder beside `out`, which is renamed when it is complete; on failure nothing of it
+    stays and what was at `out` before is untouched.
+
+    Args:
+        raw: The data set.
+        out: Folder to make; its parents are made too.
+        options: Split, labels, encoders.
+
+    Returns:
+        The contents of `out/meta.json`.
+
+    Raises:
+        DataError: If the data is not in order, the split cannot be made, or `out` is in the way.
+        ConfigError: If an encoder or one of its options is unknown.
+    """
+    check_raw(raw)
+    _check_out(out, options.overwrite)
+    encoders = _build_encoders(options)
+    indexed = index_dataset(raw, split=options.split, seed=options.seed, label_threshold=options.label_threshold)
+    with _renamed_when_complete(out) as folder:
+        _write_interactions(folder / "interactions", indexed, options.max_part_rows)
+        _write_histories(folder / "history", indexed)
+        features = _write_users(folder, raw, indexed)
+        table = _write_items(folder, raw, indexed)
+        modalities = _write_tokens(folder, raw, table, encoders, options)
+        meta = _describe(raw, indexed, options, features, modalities)
+        meta["content_hash"] = hash_content(folder)
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    logger.info("%s: %s", out, ", ".join(f"{count} {name}" for name, count in meta["counts"].items()))
+    return meta
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out}: is a file; give a folder that does not exist yet")
+    if not any(out.iterdir()):
+        return
+    if not (out / "meta.json").is_file() or not (out / "interactions").is_dir():
+        raise DataError(f"{out}: is not empty and not a prepared folder; give a folder that does not exist yet")
+    if not overwrite:
+        raise DataError(f"{out}: holds prepared data already; give another folder or --overwrite true")
+
+
+@contextmanager
+def _renamed_when_complete(out: Path) -> Iterator[Path]:
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(4)
+    folder, old = out.with_name(f".{out.name}.{mark}.new"), out.with_name(f".{out.name}.{mark}.old")
+    folder.mkdir()
+    try:
+        yield folder
+        if out.exists():
+            out.rename(old)
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if old.exists() and not out.exists():
+            old.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _build_encoders(options: PrepareOptions) -> dict[str, tuple[str, TokenEncoder]]:
+    """Return name and encoder by modality; before anything is written, so that a wrong option costs no work."""
+    chosen = {
+        "text": (options.text_encoder, options.text_encoder_options),
+        "image": (options.image_encoder, options.image_encoder_options),
+    }
+    encoders: dict[str, tuple[str, TokenEncoder]] = {}
+    for modality, (name, values) in chosen.items():
+        if name == NO_ENCODER:
+            continue
+        part = ENCODERS.get(name)
+        known = list(part.options.__dataclass_fields__)
+        for key in values:
+            if key not in known:
+                hint = closest(key, known)
+                raise ConfigError(f"encoder '{name}' has no option '{key}'; known: {', '.join(known) or 'none'}.{hint}")
+        encoder = part.build(part.options(**values))
+        if encoder.modality != modality:
+            raise ConfigError(f"encoder '{name}' encodes {encoder.modality}; choose it as {encoder.modality}_encoder")
+        encoders[modality] = (name, encoder)
+    return encoders
+
+
+def _write_table(path: Path, columns: Mapping[str, Any]) -> pa.Table:
+    table = pa.table(dict(columns))
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True, row_group_size=_ROW_GROUP_ROWS)
+    return table
+
+
+def _write_interactions(folder: Path, indexed: IndexedDataset, max_part_rows: int) -> None:
+    folder.mkdir()
+    num_rows = len(indexed.events["user"])
+    for part, start in enumerate(range(0, num_rows, max_part_rows)):
+        columns = {name: column[start : start + max_part_rows] for name, column in indexed.events.items()}
+        _write_table(folder / f"part-{part:05d}.parquet", columns)
+
+
+def _write_histories(folder: Path, indexed: IndexedDataset) -> None:
+    folder.mkdir()
+    np.save(folder / "offsets.npy", indexed.histories.offsets)
+    np.save(folder / "items.npy", indexed.histories.items)
+
+
+def _write_users(folder: Path, raw: RawDataset, indexed: IndexedDataset) -> list[dict[str, Any]]:
+    """Write users.parquet and the vocabularies; return the table rows that each user feature needs."""
+    (folder / "vocab").mkdir()
+    users = indexed.users
+    columns: dict[str, Any] = {"raw_id": users.raw_id, "train_count": users.train_count}
+    features = [{"name": "user", "rows": users.known + 1}]
+    for name, value_of in raw.user_features.items():
+        values = [value_of.get(raw_id, "") for raw_id in users.raw_id.tolist()]
+        # A value that no training user has would be an untrained row, so it is unknown.
+        vocabulary = ["", *sorted(set(values[1 : users.known + 1]) - {""})]
+        row_of = {value: row for row, value in enumerate(vocabulary)}
+        columns[name] = np.array([row_of.get(value, 0) for value in values], dtype=np.int32)
+        rows = np.arange(len(vocabulary), dtype=np.int32)
+        _write_table(folder / "vocab" / f"{name}.parquet", {"row": rows, "value": vocabulary})
+        features.append({"name": name, "rows": len(vocabulary)})
+    _write_table(folder / "users.parquet", columns)
+    return features
+
+
+def _write_items(folder: Path, raw: RawDataset, indexed: IndexedDataset) -> pa.Table:
+    items, position = indexed.items, indexed.catalogue
+    columns: dict[str, Any] = {"raw_id": items.raw_id}
+    for name in ("title", "text", "image", "category"):
+        columns[name] = pa.array(["", *getattr(raw.items, name)[position].tolist()], type=pa.string())
+    columns["train_count"] = items.train_count
+    return _write_table(folder / "items.parquet", columns)
+
+
+def _write_tokens(
+    folder: Path,
+    raw: RawDataset,
+    items: pa.Table,
+    encoders: Mapping[str, tuple[str, TokenEncoder]],
+    options: PrepareOptions,
+) -> dict[str, dict[str, Any]]:
+    described = {}
+    for modality, (name, encoder) in encoders.items():
+        values = items[modality].to_pylist()
+        inputs = values if modality == "text" else [raw.image_root / value if value else None for value in values]
+        counts = write_tokens(folder / "tokens" / modality, encoder, inputs, batch_size=options.encode_batch_size)
+        described[modality] = {
+            "encoder": name,
+            "source": encoder.source,
+            "dim": encoder.dim,
+            "max_tokens": encoder.max_tokens,
+            "present": counts.present,
+            "missing": counts.missing,
+            "broken": counts.broken,
+        }
+        logger.info("%s: %d present, %d missing, %d broken", modality, counts.present, counts.missing, counts.broken)
+    return described
+
+
+def _describe(
+    raw: RawDataset,
+    indexed: IndexedDataset,
+    options: PrepareOptions,
+    features: list[dict[str, Any]],
+    modalities: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    train, validation, test = np.bincount(indexed.events["split"], minlength=3).tolist()
+    return {
+        "format_version": FORMAT_VERSION,
+        "dataset": raw.name,
+        "split": options.split,
+        "seed": options.seed,
+        "label_threshold": options.label_threshold,
+        "counts": {
+            "users": len(indexed.users.raw_id) - 1,
+            "items": len(indexed.items.raw_id) - 1,
+            "known_users": indexed.users.known,
+            "known_items": indexed.items.known,
+            "interactions": len(indexed.events["split"]),
+            "train": train,
+            "validation": validation,
+            "test": test,
+        },
+        "user_features": features,
+        "modalities": modalities,
+        "simulated": raw.probability is not None,
+        "time_cuts": list(indexed.time_cuts) if indexed.time_cuts else None,
+        "versions": {
+            "torchrec_em3": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "pyarrow": pa.__version__,
+        },
+    }

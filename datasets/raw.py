@@ -1,0 +1,55 @@
+"""What every reader of raw files hands to `prepare`: plain columns, one entry an event, a user or an item."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["RawDataset", "RawItems"]
+
+
+@dataclass(frozen=True)
+class RawItems:
+    """The catalogue as the publisher describes it, aligned columns.
+
+    Attributes:
+        item_id: Publisher's ids, str, distinct.
+        title: Title or "".
+        text: What the text encoder reads, or "" where there is nothing to read.
+        image: Picture path relative to `RawDataset.image_root`, or "" where the catalogue names none.
+        category: Human-readable category for reports (not a feature), or "".
+    """
+
+    item_id: np.ndarray
+    title: np.ndarray
+    text: np.ndarray
+    image: np.ndarray
+    category: np.ndarray
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """One data set before indexing, splitting and encoding.
+
+    Attributes:
+        name: Name of the data set for the records.
+        user_id: Publisher's user id of each event, str.
+        item_id: Publisher's item id of each event, str.
+        rating: Rating of each event, float32; clicks are 0 and 1.
+        timestamp: Seconds since 1970 of each event, int64.
+        items: The catalogue; holds every `item_id` of the events, and possibly more.
+        image_root: Folder that `items.image` is relative to.
+        user_features: For each side feature, value (str, "" = unknown) by user id.
+        probability: True click probability of each event where it is known (simulated data), else None.
+    """
+
+    name: str
+    user_id: np.ndarray
+    item_id: np.ndarray
+    rating: np.ndarray
+    timestamp: np.ndarray
+    items: RawItems
+    image_root: Path
+    user_features: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    probability: np.ndarray | None = None
