@@ -1,0 +1,93 @@
+"""The ranking head: named blocks, their dot products, an MLP.
+
+Shape letters: B rows, G blocks of one width, W that width, P pairs of blocks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_em3.errors import ConfigError
+from torchrec_em3.registry import RANKERS
+
+__all__ = ["DinRanker", "DinRankerOptions"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "prelu": nn.PReLU}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DinRankerOptions:
+    """Options of the ranker `din`."""
+
+    hidden: tuple[int, ...] = (256, 128, 64)
+    """Widths of the hidden layers."""
+    interactions: bool = True
+    """Also give the MLP the dot product of every two blocks of equal width."""
+    dropout: float = 0.0
+    """Dropout rate after each hidden layer, in [0, 1)."""
+    activation: Literal["relu", "silu", "prelu"] = "relu"
+    """Activation of the hidden layers."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no model can have."""
+        if any(width < 1 for width in self.hidden):
+            raise ConfigError(f"hidden of the din ranker is {self.hidden}, every width must be >= 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout of the din ranker is {self.dropout}, must be in [0, 1)")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"activation of the din ranker is '{self.activation}', must be one of {', '.join(ACTIVATIONS)}"
+            )
+
+
+@RANKERS.register("din", options=DinRankerOptions)
+class DinRanker(nn.Module):
+    """Logit of a row from its blocks: concatenated, with pairwise dot products, through an MLP.
+
+    Whatever blocks the model has are taken, so ID-only and EM3 share this head. The name says where it is used: behind
+    the target attention of DIN, whose result comes in as a block. Source: [ours], the dot products as in DLRM.
+
+    Args:
+        options: See `DinRankerOptions`.
+        block_dims: Width of each block; its order is the order of the inputs, whatever the order at a call.
+
+    Raises:
+        ConfigError: If there is no block or one has no width.
+    """
+
+    def __init__(self, options: DinRankerOptions, block_dims: Mapping[str, int]) -> None:
+        super().__init__()
+        if not block_dims or min(block_dims.values()) < 1:
+            raise ConfigError(f"the din ranker needs blocks of width >= 1, not {dict(block_dims)}")
+        self.names = list(block_dims)
+        by_width: dict[int, list[str]] = {}
+        for name, width in block_dims.items():
+            by_width.setdefault(width, []).append(name)
+        self.groups = [group for group in by_width.values() if options.interactions and len(group) > 1]
+        incoming = sum(block_dims.values()) + sum(len(group) * (len(group) - 1) // 2 for group in self.groups)
+        layers: list[nn.Module] = []
+        for outgoing in options.hidden:
+            layers += [nn.Linear(incoming, outgoing), ACTIVATIONS[options.activation](), nn.Dropout(options.dropout)]
+            incoming = outgoing
+        self.mlp = nn.Sequential(*layers, nn.Linear(incoming, 1))
+
+    def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
+        """Return logits_B.
+
+        Args:
+            blocks: [B, block_dims[name]] by name, float.
+        """
+        inputs = [blocks[name] for name in self.names]
+        inputs += [_dot_products(torch.stack([blocks[name] for name in group], dim=1)) for group in self.groups]
+        return self.mlp(torch.cat(inputs, dim=1)).squeeze(1)
+
+
+def _dot_products(blocks_BGW: Tensor) -> Tensor:
+    """Return the dot product of every two different blocks, scaled to the size of their values, [B, P]."""
+    groups, width = blocks_BGW.shape[1:]
+    products_BGG = torch.bmm(blocks_BGW, blocks_BGW.transpose(1, 2)) * width**-0.5
+    first_P, second_P = torch.triu_indices(groups, groups, offset=1, device=blocks_BGW.device)
+    return products_BGG[:, first_P, second_P]

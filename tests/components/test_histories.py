@@ -1,0 +1,160 @@
+"""The three history contents: contract, their start, what is trained, how they follow the target branch."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.components.history_contract import WIDTH, FakeSource, check_history, small_tower
+from tests.components.tower_contract import COUNTS, DIMS
+from torchrec_em3.components.histories.cache import CachedHistory, CachedHistoryOptions
+from torchrec_em3.components.histories.lora_qformer import LoraTowerHistory, LoraTowerHistoryOptions
+from torchrec_em3.components.histories.shared import SharedHistory
+from torchrec_em3.components.towers.concat import ConcatTower, ConcatTowerOptions
+from torchrec_em3.components.towers.qformer import FusionQFormer
+from torchrec_em3.errors import ConfigError
+from torchrec_em3.registry import HISTORIES
+
+NAMES = ["cache", "lora_qformer", "shared"]
+
+
+def build(name: str, tower: nn.Module) -> nn.Module:
+    part = HISTORIES.get(name)
+    return part.build(part.options(), tower, WIDTH)
+
+
+@pytest.fixture
+def tower() -> FusionQFormer:
+    return small_tower()
+
+
+@pytest.fixture
+def projection() -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(WIDTH, WIDTH)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keeps_the_contract(name: str, tower: FusionQFormer) -> None:
+    check_history(build(name, tower), tower)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_starts_as_the_target_branch_sees_the_items(name: str, tower: FusionQFormer, projection: nn.Linear) -> None:
+    source = FakeSource(tower, 10)
+    content_VD, valid_V = build(name, tower)(source, tower, projection)
+    expected_VD = projection(tower(source.tokens()))
+    torch.testing.assert_close(content_VD[valid_V], expected_VD[valid_V], rtol=0, atol=1e-6)
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+
+@pytest.mark.parametrize("name", ["cache", "lora_qformer"])
+def test_only_the_adapters_are_trained(name: str, tower: FusionQFormer, projection: nn.Linear) -> None:
+    history = build(name, tower)
+    for _ in range(2):  # with B at zero the gradient of A is zero: take one step away from there
+        history(FakeSource(tower, 10), tower, projection)[0].square().sum().backward()
+        with torch.no_grad():
+            for parameter in history.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+    assert not gradients(tower)
+    assert not gradients(projection)
+    trained = set(gradients(history))
+    assert trained == {name for name, parameter in history.named_parameters() if parameter.requires_grad}
+    assert trained == {n for n, _ in history.named_parameters() if "lora_" in n or n in ("down_RD", "up_DR")}
+
+
+def test_shared_trains_tower_and_projection(tower: FusionQFormer, projection: nn.Linear) -> None:
+    history = SharedHistory(HISTORIES.get("shared").options(), tower, WIDTH)
+    assert not list(history.parameters())
+    history(FakeSource(tower, 10), tower, projection)[0].square().sum().backward()
+    assert len(gradients(tower)) == len(list(tower.parameters()))
+    assert len(gradients(projection)) == 2
+
+
+def test_cache_correction_is_low_rank_and_scaled(tower: FusionQFormer, projection: nn.Linear) -> None:
+    history = CachedHistory(CachedHistoryOptions(rank=3, alpha=6), tower, WIDTH)
+    nn.init.normal_(history.up_DR)
+    source = FakeSource(tower, 9)
+    for training in (True, False):
+        content_VD, valid_V = history.train(training)(source, tower, projection)
+        rows_VD = source.rows_VD[valid_V]
+        expected_VD = projection(rows_VD) + 2.0 * rows_VD @ history.down_RD.T @ history.up_DR.T
+        torch.testing.assert_close(content_VD[valid_V], expected_VD)
+
+
+def test_cache_is_not_disturbed_by_rows_never_written(tower: FusionQFormer, projection: nn.Linear) -> None:
+    history = CachedHistory(CachedHistoryOptions(), tower, WIDTH)
+    nn.init.normal_(history.up_DR)
+    results = []
+    for filler in (torch.nan, 5.0):
+        source = FakeSource(tower, 10)
+        source.rows_VD[~source.written_V] = filler
+        history.zero_grad()
+        content_VD, _ = history(source, tower, projection)
+        content_VD.square().sum().backward()
+        results.append([content_VD.detach(), history.down_RD.grad.clone(), history.up_DR.grad.clone()])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_follows_the_target_branch(name: str, tower: FusionQFormer, projection: nn.Linear) -> None:
+    history = build(name, tower)
+    history(FakeSource(tower, 10), tower, projection)
+    for parameter in [*tower.parameters(), *projection.parameters()]:
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    source = FakeSource(tower, 10)
+    content_VD, valid_V = history(source, tower, projection)
+    torch.testing.assert_close(content_VD[valid_V], projection(tower(source.tokens()))[valid_V], rtol=0, atol=1e-5)
+
+
+def test_adapters_of_the_copy_act_in_training_and_evaluation(tower: FusionQFormer, projection: nn.Linear) -> None:
+    history = LoraTowerHistory(LoraTowerHistoryOptions(rank=2), tower, WIDTH)
+    source = FakeSource(tower, 10)
+    plain_VD, _ = history(source, tower, projection)
+    for name, parameter in history.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    for training in (True, False):
+        changed_VD, valid_V = history.train(training)(source, tower, projection)
+        assert bool(((changed_VD - plain_VD).abs().amax(1) > 1e-3)[valid_V].all())
+    reloaded = LoraTowerHistory(LoraTowerHistoryOptions(rank=2), small_tower(), WIDTH)
+    reloaded.load_state_dict(copy.deepcopy(history.state_dict()))
+    torch.testing.assert_close(reloaded(source, tower, projection)[0], changed_VD)
+
+
+def test_lora_adapts_every_map_of_a_tower_that_names_none(projection: nn.Linear) -> None:
+    tower = ConcatTower(ConcatTowerOptions(), DIMS, COUNTS, WIDTH)
+    history = LoraTowerHistory(LoraTowerHistoryOptions(), tower, WIDTH)
+    check_history(history, tower)
+    maps = [name for name, module in tower.named_modules() if isinstance(module, nn.Linear)]
+    assert sum("lora_A" in name for name, _ in history.named_parameters()) == len(maps)
+
+
+def test_lora_refuses_towers_it_cannot_adapt(tower: FusionQFormer) -> None:
+    class NoMaps(nn.Module):
+        pass
+
+    class WrongMaps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map, self.gate = nn.Linear(2, 2), nn.SiLU()
+            self.lora_targets = ["map", "gone"]
+
+    with pytest.raises(ConfigError, match="no linear map"):
+        LoraTowerHistory(LoraTowerHistoryOptions(), NoMaps(), WIDTH)
+    with pytest.raises(ConfigError, match="gone"):
+        LoraTowerHistory(LoraTowerHistoryOptions(), WrongMaps(), WIDTH)
+
+
+@pytest.mark.parametrize("options", [CachedHistoryOptions, LoraTowerHistoryOptions])
+def test_options_are_checked(options: type) -> None:
+    with pytest.raises(ConfigError, match="rank"):
+        options(rank=0)
+    with pytest.raises(ConfigError, match="dropout"):
+        options(dropout=1.0)

@@ -1,0 +1,188 @@
+"""The Fusion-Q-Former: contract, parity with the authors' form, structure, adapters."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from tests.components.tower_contract import COUNTS, DIMS, WIDTH, check_tower, fill, random_tokens
+from torchrec_em3.batch import ModalityTokens
+from torchrec_em3.components.attention import Keys
+from torchrec_em3.components.towers.qformer import FusionQFormer, FusionQFormerOptions
+from torchrec_em3.errors import ConfigError
+from torchrec_em3.registry import TOWERS
+
+
+def build(width: int = WIDTH, **options: Any) -> FusionQFormer:
+    torch.manual_seed(0)
+    options = {"num_heads": 2, "num_queries": 2, **options}
+    return FusionQFormer(FusionQFormerOptions(**options), DIMS, COUNTS, width)
+
+
+@pytest.mark.parametrize("preset", ["full", "em3_public"])
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("num_queries", [1, 4])
+def test_keeps_the_contract(preset: str, num_layers: int, num_queries: int) -> None:
+    check_tower(build(preset=preset, num_layers=num_layers, num_queries=num_queries, dropout=0.5))
+
+
+def test_bfloat16_keeps_the_contract_and_stays_close() -> None:
+    tower = build(bfloat16=True)
+    check_tower(tower)
+    tokens = random_tokens(10)
+    exact = build()(tokens)
+    assert 0 < (tower(tokens) - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def restated(
+    layers: list[dict[str, Tensor]],
+    queries: Tensor,
+    projections: list[tuple[Tensor, Tensor]],
+    readout: nn.Linear,
+    pooled: list[Tensor],
+    heads: int,
+) -> Tensor:
+    """The authors' Fusion-Q-Former from its description, item by item, biases of key and value included."""
+    results = []
+    for features in zip(*pooled, strict=True):
+        tokens = [weight @ feature + bias for feature, (weight, bias) in zip(features, projections, strict=True)]
+        rows = torch.cat([queries, torch.stack(tokens)])
+        for layer in layers:
+            query, key, value = (rows @ layer[f"{name}.w"].T + layer[f"{name}.b"] for name in ("query", "key", "value"))
+            size = rows.shape[1] // heads
+            context = torch.zeros_like(rows)
+            for head in range(heads):
+                part = slice(head * size, (head + 1) * size)
+                scores = query[:, part] @ key[:, part].T / (size + 1e-5) ** 0.5
+                context[:, part] = scores.softmax(1) @ value[:, part]
+            total = rows + context @ layer["output.w"].T + layer["output.b"]
+            centred = total - total.mean(1, keepdim=True)
+            rows = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt() * layer["norm.w"] + layer["norm.b"]
+        results.append(readout.weight @ rows[: len(queries)].flatten() + readout.bias)
+    return torch.stack(results)
+
+
+def randomise(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("num_queries", [1, 2])
+def test_em3_public_equals_an_independent_restatement(num_layers: int, num_queries: int) -> None:
+    tower = build(preset="em3_public", num_layers=num_layers, num_queries=num_queries, num_heads=4).double()
+    randomise(tower)
+    layers = []
+    for block in tower.blocks:
+        attention, bias = block.attention, torch.randn(2, WIDTH, dtype=torch.float64)
+        layer = {f"{name}.w": getattr(attention, name).weight.detach() for name in ("query", "key", "value", "output")}
+        layer |= {"query.b": attention.query.bias, "key.b": bias[0], "value.b": bias[1]}
+        # A value's bias passes through the softmax unchanged, and so belongs to the output map's.
+        layer["output.b"] = attention.output.bias - attention.output.weight @ bias[1]
+        layer |= {"norm.w": block.norm.weight, "norm.b": block.norm.bias}
+        layers.append(layer)
+    tokens = {
+        name: ModalityTokens(torch.randn(6, 1, dim, dtype=torch.float64), torch.ones(6, 1, dtype=torch.bool))
+        for name, dim in DIMS.items()
+    }
+    projections = [(tower.inputs[name].project.weight, tower.inputs[name].project.bias) for name in DIMS]
+    pooled = [tokens[name].tokens_UTD[:, 0] for name in DIMS]
+    expected = restated(layers, tower.queries_QD, projections, tower.readout, pooled, heads=4)
+    torch.testing.assert_close(tower(tokens), expected)
+
+
+def test_em3_public_has_no_feed_forward_layer_and_no_embeddings() -> None:
+    names = {name for name, _ in build(preset="em3_public").named_parameters()}
+    assert not [name for name in names if "ffn" in name or "position" in name or "modality" in name]
+
+
+@pytest.mark.parametrize("preset", ["full", "em3_public"])
+def test_last_layer_computes_query_rows_only_and_as_the_full_layer_would(preset: str) -> None:
+    tower = build(preset=preset, num_layers=2).double().eval()
+    tokens = {n: ModalityTokens(x.double(), valid) for n, (x, valid) in random_tokens(6).items()}
+    groups = [project(tokens[name]) for name, project in tower.inputs.items()]
+    rows_UKD = torch.cat([tower.queries_QD.expand(6, -1, -1), *(group.rows_UTD for group in groups)], dim=1)
+    valid_UK = torch.cat([torch.ones(6, 2, dtype=torch.bool), *(group.valid_UT for group in groups)], dim=1)
+    for block in tower.blocks:
+        rows_UKD = block(Keys(rows_UKD, valid_UK), [])
+    expected = tower.readout(tower.norm(rows_UKD[:, :2]).flatten(1))
+    seen = []
+    tower.blocks[1].attention.output.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    torch.testing.assert_close(tower(tokens), expected)
+    assert seen == [2]
+
+
+def test_modalities_in_another_order_give_the_same_content() -> None:
+    tower = build(preset="em3_public")
+    tokens = random_tokens(5)
+    torch.testing.assert_close(tower(dict(reversed(tokens.items()))), tower(tokens))
+    flipped = copy.deepcopy(tower)
+    flipped.inputs = nn.ModuleDict(reversed(list(tower.inputs.items())))
+    torch.testing.assert_close(flipped(tokens), tower(tokens))
+
+
+def test_full_knows_position_and_is_blind_to_the_scale_of_the_encoder() -> None:
+    tower = build()
+    nn.init.normal_(tower.inputs["text"].position_TD)
+    tokens = {n: ModalityTokens(x, torch.ones_like(valid)) for n, (x, valid) in random_tokens(5).items()}
+    text = tokens["text"]
+    turned = tokens | {"text": ModalityTokens(text.tokens_UTD.flip(1), text.valid_UT)}
+    assert (tower(turned) - tower(tokens)).abs().max() > 1e-3
+    louder = tokens | {"text": ModalityTokens(50 * text.tokens_UTD, text.valid_UT)}
+    torch.testing.assert_close(tower(louder), tower(tokens))
+
+
+@pytest.mark.parametrize("preset", ["full", "em3_public"])
+def test_missing_is_not_a_token_of_zeros(preset: str) -> None:
+    tower = build(preset=preset)
+    missing = fill(random_tokens(3), torch.zeros_like)
+    zeros = {n: ModalityTokens(x, torch.ones_like(valid)) for n, (x, valid) in missing.items()}
+    changed_U = (tower(missing) - tower(zeros)).abs().amax(1)
+    assert bool((changed_U > 1e-3).all())
+
+
+@pytest.mark.parametrize("preset", ["full", "em3_public"])
+def test_adapters_leave_the_start_alone_and_act_in_evaluation(preset: str) -> None:
+    tower, tokens = build(preset=preset).eval(), random_tokens(8)
+    assert {name.rsplit(".", 1)[-1] for name in tower.lora_targets} == {"query", "key", "value", "output", "project"}
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=tower.lora_targets)
+    adapted = inject_adapter_in_model(config, copy.deepcopy(tower))
+    torch.testing.assert_close(adapted(tokens), tower(tokens), rtol=0, atol=1e-6)
+    for name in tower.lora_targets:
+        changed = copy.deepcopy(adapted)
+        nn.init.normal_(changed.get_submodule(name).lora_B["default"].weight)
+        for training in (True, False):
+            difference = (changed.train(training)(tokens) - tower(tokens)).abs().max()
+            assert difference > 1e-4, f"the adapter of {name} does nothing with training={training}"
+
+
+def test_dropout_acts_in_training_only() -> None:
+    tower, tokens = build(dropout=0.5), random_tokens(8)
+    assert not torch.equal(tower(tokens), tower(tokens))
+    assert torch.equal(tower.eval()(tokens), tower(tokens))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "other"},
+        {"num_queries": 0},
+        {"num_layers": 0},
+        {"ffn_multiple": 0},
+        {"dropout": 1.0},
+        {"num_heads": 3},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_refuses_by_name(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        build(**options)
+
+
+def test_is_registered_and_needs_a_modality() -> None:
+    part = TOWERS.get("fusion_qformer")
+    with pytest.raises(ConfigError, match="at least one modality"):
+        part.build(part.options(), {}, {}, WIDTH)
