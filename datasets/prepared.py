@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from torchrec_em3.datasets.splits import TEST, TRAIN, VALIDATION
@@ -303,7 +304,7 @@ def _read_split(path: Path, split: int) -> pa.Table:
                 table = file.read_row_group(group)
             except (OSError, pa.ArrowException) as error:
                 raise OSError(f"row group {group}: {error}") from error
-            tables.append(table.filter(pa.compute.equal(table["split"], split)))
+            tables.append(table.filter(pc.equal(table["split"], split)))
         return pa.concat_tables(tables)
 
     return _read(path, read)

@@ -1,0 +1,168 @@
+"""From a prepared folder to batches: sharded by rank, shuffled by seed and epoch, resumable at any row.
+
+Shape letters: B rows of a batch on one rank, N history positions, F user features.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_em3.batch import HISTORY, TARGET, Batch
+from torchrec_em3.datasets.prepared import PreparedData, Split
+from torchrec_em3.errors import DataError
+
+__all__ = ["BatchStream", "batch_loader"]
+
+
+class BatchStream(IterableDataset[Batch]):
+    """The rows of one split as a stream of batches for one rank.
+
+    A step's global batch is a run of `world_size * batch_size` rows of the epoch's order, of which rank r takes the
+    r-th part; so the order of rows is the same for any number of ranks, and a position is just an epoch and a row.
+    Training drops the last incomplete global batch of an epoch; evaluation fills it up with rows of weight 0.
+    """
+
+    def __init__(
+        self,
+        data: PreparedData,
+        split: Split,
+        *,
+        batch_size: int,
+        max_history: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        """Read the split's columns into memory; `PreparedData` checks that every id and label is in range.
+
+        Args:
+            data: The prepared folder.
+            split: "train" is shuffled anew each epoch; the others keep time order.
+            batch_size: Rows per step on each rank.
+            max_history: Most recent events of the user that a row sees.
+            rank: Number of this process.
+            world_size: Number of processes.
+            seed: Seed of the shuffle.
+
+        Raises:
+            DataError: If the split is damaged, or the training split is smaller than one global batch.
+        """
+        self._training = split == "train"
+        self._batch_size = batch_size
+        self._max_history = max_history
+        self._rank, self._world_size, self._seed = rank, world_size, seed
+        self._known_items = data.known_items
+        self._known_users = data.known_users
+        self._user_features = data.user_features
+        self._offsets, self._history = data.history_offsets, data.history_items
+        self._columns = data.split_rows(split)
+        self._keys = [*data.user_feature_names, TARGET, HISTORY]
+        self.seek(0)
+        self._check_size(data)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the split."""
+        return len(self._columns["user"])
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rows of one step over all ranks."""
+        return self._batch_size * self._world_size
+
+    def __len__(self) -> int:
+        """Return the number of steps of a whole epoch."""
+        if self._training:
+            return self.num_rows // self.global_batch_size
+        return -(-self.num_rows // self.global_batch_size)
+
+    def seek(self, epoch: int, row: int = 0) -> None:
+        """Make the next iteration start at `row` of the order of `epoch`."""
+        self._epoch, self._row, self._row_is_own = epoch, row, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the next batch (of this loader process, where there are several)."""
+        return {"epoch": self._epoch, "row": self._row, "row_is_own": self._row_is_own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a position that `state_dict` returned."""
+        self._epoch, self._row, self._row_is_own = state["epoch"], state["row"], state["row_is_own"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's batches from the current position to the end of the epoch, then stand at the next epoch."""
+        order = self._order()
+        worker = get_worker_info()
+        every, place = (worker.num_workers, worker.id) if worker is not None else (1, 0)
+        size = self.global_batch_size
+        first = self._row if self._row_is_own else self._row + place * size
+        last = self.num_rows - size + 1 if self._training else self.num_rows
+        for start in range(first, last, every * size):
+            self._row, self._row_is_own = start + every * size, True
+            yield self._collate(*self._share(order[start : start + size]))
+        self.seek(self._epoch + 1)
+
+    def _order(self) -> np.ndarray:
+        if not self._training:
+            return np.arange(self.num_rows)
+        return np.random.default_rng((self._seed, self._epoch)).permutation(self.num_rows)
+
+    def _share(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return this rank's rows of a global batch, filled up to the same number on every rank, and their weights."""
+        per_rank = -(-len(rows) // self._world_size)
+        mine = rows[self._rank * per_rank : (self._rank + 1) * per_rank]
+        filler = np.repeat(rows[:1], per_rank - len(mine))
+        weight_B = np.repeat(np.array([1.0, 0.0], dtype=np.float32), [len(mine), len(filler)])
+        return np.concatenate([mine, filler]), weight_B
+
+    def _collate(self, row_B: np.ndarray, weight_B: np.ndarray) -> Batch:
+        user_B = self._columns["user"][row_B]
+        history_N, length_B = self._histories(user_B, self._columns["history_end"][row_B])
+        known_user_B = np.where(user_B <= self._known_users, user_B, 0)
+        values = np.concatenate(
+            [known_user_B, self._user_features[user_B].T.reshape(-1), self._columns["item"][row_B], history_N]
+        )
+        ones = np.ones(len(row_B) * (len(self._keys) - 1), dtype=np.int64)
+        return Batch(
+            sparse=KeyedJaggedTensor(
+                keys=self._keys,
+                values=torch.from_numpy(values.astype(np.int64)),
+                lengths=torch.from_numpy(np.concatenate([ones, length_B])),
+            ),
+            dense=torch.empty(len(row_B), 0),
+            label=torch.from_numpy(self._columns["label"][row_B].astype(np.float32)),
+            weight=torch.from_numpy(weight_B),
+            user=torch.from_numpy(user_B.astype(np.int64)),
+        )
+
+    def _histories(self, user_B: np.ndarray, end_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the items before each row's event, most recent last, and how many each row has."""
+        start_B = np.maximum(self._offsets[user_B], end_B - self._max_history)
+        length_B = end_B - start_B
+        first_B = np.cumsum(length_B) - length_B
+        history_N = self._history[np.arange(length_B.sum()) + np.repeat(start_B - first_B, length_B)]
+        if self._training:
+            # Items kept out of training (split cold_items) are kept out of its histories too.
+            known_N = history_N <= self._known_items
+            if not known_N.all():
+                row_N = np.repeat(np.arange(len(length_B)), length_B)
+                history_N, length_B = history_N[known_N], np.bincount(row_N[known_N], minlength=len(length_B))
+        return history_N, length_B.astype(np.int64)
+
+    def _check_size(self, data: PreparedData) -> None:
+        if self._training and self.num_rows < self.global_batch_size:
+            raise DataError(
+                f"split train of {data.folder} has {self.num_rows} rows, "
+                f"fewer than one step of {self.global_batch_size}; "
+                "lower --loader.batch_size"
+            )
+
+
+def batch_loader(stream: BatchStream, num_workers: int = 0) -> StatefulDataLoader[Batch]:
+    """Return a resumable loader over `stream`; its `state_dict` counts batches handed out, not batches trained."""
+    # A generator of its own: each new iterator draws a number, which must not shift the random numbers of training.
+    return StatefulDataLoader(stream, batch_size=None, num_workers=num_workers, generator=torch.Generator())

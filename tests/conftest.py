@@ -1,0 +1,31 @@
+"""Shared fixtures: one tiny simulated data set, prepared once per test session."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tests.tiny_parts  # noqa: F401  registers the tiny encoders
+from torchrec_em3.datasets.prepare import PrepareOptions, prepare
+from torchrec_em3.datasets.simulated import SimulatedOptions, simulate
+
+torch.set_num_threads(1)
+
+
+def prepare_tiny(folder: Path, split: str = "temporal") -> Path:
+    raw = simulate(SimulatedOptions(num_items=150, num_users=60, num_interactions=3000, seed=0), folder / "raw")
+    options = PrepareOptions(split=split, text_encoder="tiny_text", image_encoder="tiny_image", label_threshold=None)
+    prepare(raw, folder / split, options)
+    return folder / split
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared folder: 60 users, 150 items, 3,000 events, split by time."""
+    return prepare_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_cold_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with split cold_items."""
+    return prepare_tiny(tmp_path_factory.mktemp("tiny_cold"), "cold_items")
