@@ -1,0 +1,154 @@
+"""A run that is interrupted and resumed goes on to the very same losses."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tests.tiny_parts  # noqa: F401
+from torchrec_em3 import train as train_module
+from torchrec_em3.checkpoint import CheckpointFolder
+from torchrec_em3.commands.train import train
+from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig
+from torchrec_em3.errors import CheckpointError, ConfigError, NumericError, Preempted
+from torchrec_em3.parsing import resolve_parts
+from torchrec_em3.process_group import process_group
+
+
+def config_for(data: Path, run: Path) -> Config:
+    return Config(
+        data=str(data),
+        run=str(run),
+        loader=LoaderConfig(batch_size=128, max_history=10),
+        model=ModelConfig(embedding_dim=8, unknown_id_rate=0.2),
+        train=TrainConfig(epochs=2, log_every=1, checkpoint_every=5, patience=5, keep_checkpoints=50),
+    )
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def fit(config: Config, resume: bool = False) -> dict[str, Any]:
+    with process_group() as ranks:
+        return train(resolve_parts(config), ranks, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def calm(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    run = tmp_path_factory.mktemp("calm") / "run"
+    return run, fit(config_for(tiny_data, run))
+
+
+@pytest.mark.parametrize("stop_at", [3, 8, 21])
+def test_sigterm_saves_and_resume_continues_exactly(
+    tiny_data: Path, tmp_path: Path, calm: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    run = tmp_path / "run"
+    config = config_for(tiny_data, run)
+    steps_per_epoch = 2400 // 128
+    assert stop_at != steps_per_epoch
+    original = train_module.Trainer._train_step
+
+    def step(self: Any, batches: Any) -> bool:
+        if self.progress.step == stop_at - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.Trainer, "_train_step", step)
+        with pytest.raises(Preempted, match=f"stopped by SIGTERM at step {stop_at}; continue with --resume"):
+            fit(config)
+    summary = fit(config, resume=True)
+    run_calm, summary_calm = calm
+    assert lines(run) == lines(run_calm)
+    assert summary["test"] == summary_calm["test"]
+    assert summary["samples"] == summary_calm["samples"]
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(
+    tiny_data: Path, tmp_path: Path, calm: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(tiny_data, tmp_path / "run")
+    original = train_module.Trainer._train_step
+
+    def step(self: Any, batches: Any) -> bool:
+        if self.progress.step == 12:
+            raise KeyboardInterrupt
+        return original(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.Trainer, "_train_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config)
+    fit(config, resume=True)
+    assert lines(tmp_path / "run") == lines(calm[0]), "lines after step 10 are written once"
+
+
+def test_a_bad_loss_updates_nothing(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchrec_em3.model import EM3Model
+
+    seen: dict[str, Any] = {}
+
+    def poisoned(logit_B: Any, batch: Any) -> Any:
+        return original(logit_B, batch) * (float("nan") if seen["model"].step == 4 else 1.0)
+
+    original = EM3Model._rank_loss
+    fit_step = train_module.Trainer._train_step
+
+    def step(self: Any, batches: Any) -> bool:
+        seen["model"] = self._sharded.model
+        seen["before"] = {k: v.detach().clone() for k, v in self._sharded.model.named_parameters()}
+        return fit_step(self, batches)
+
+    monkeypatch.setattr(EM3Model, "_rank_loss", staticmethod(poisoned))
+    monkeypatch.setattr(train_module.Trainer, "_train_step", step)
+    with pytest.raises(NumericError, match=r"loss is nan on rank 0 at step 4; the step was not applied"):
+        fit(config_for(tiny_data, tmp_path / "run"))
+    for name, value in seen["model"].named_parameters():
+        assert value.equal(seen["before"][name]), name
+
+
+def test_resume_refuses_other_options_and_missing_runs(
+    tiny_data: Path, tmp_path: Path, calm: tuple[Path, dict[str, Any]]
+) -> None:
+    config = config_for(tiny_data, calm[0])
+    with pytest.raises(ConfigError, match="already holds a run; choose another folder, or add --resume or --overwrite"):
+        fit(config)
+    with pytest.raises(ConfigError, match=r"seed is 1, but 0 in .*config.yaml"):
+        fit(dataclasses.replace(config, seed=1), resume=True)
+    with pytest.raises(ConfigError, match="holds no run"):
+        fit(dataclasses.replace(config, run=str(tmp_path / "nowhere")), resume=True)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
+def test_a_damaged_checkpoint_is_refused(
+    tiny_data: Path, tmp_path: Path, calm: tuple[Path, dict[str, Any]], damage: str
+) -> None:
+    import shutil
+
+    from torchrec_em3.build import build_sharded, open_data
+
+    shutil.copytree(calm[0] / "checkpoints", tmp_path / "checkpoints")
+    config = config_for(tiny_data, tmp_path)
+    with process_group() as ranks:
+        folder = CheckpointFolder(tmp_path / "checkpoints", ranks)
+        step = folder.steps()[-1]
+        file = next(folder.path(step).glob("*.distcp"))
+        if damage == "flip":
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+        elif damage == "truncate":
+            file.write_bytes(file.read_bytes()[:-1])
+        elif damage == "delete":
+            file.unlink()
+        else:
+            (folder.path(step) / "manifest.json").write_text("{")
+        sharded = build_sharded(config, open_data(config), ranks)
+        with pytest.raises(CheckpointError, match=r"use another checkpoint"):
+            folder.load(step, sharded)

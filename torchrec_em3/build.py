@@ -1,0 +1,60 @@
+"""From a config to data, model and sharded model: the steps that training, evaluation and planning share."""
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from torchrec_em3.config import Config
+from torchrec_em3.datasets.prepared import PreparedData
+from torchrec_em3.datasets.tokens import TokenStore
+from torchrec_em3.errors import ConfigError
+from torchrec_em3.model import EM3Model
+from torchrec_em3.process_group import Ranks
+from torchrec_em3.schema import FeatureSchema
+from torchrec_em3.sharding import Cluster, ShardedModel, shard
+
+__all__ = ["build_model", "build_sharded", "open_data"]
+
+GIB = 1024**3
+
+
+def open_data(config: Config) -> PreparedData:
+    """Open the prepared folder that the config names.
+
+    Raises:
+        ConfigError: If the config names none, or the model needs content and the folder has no tokens.
+        DataError: If the folder is not a prepared folder of this format.
+    """
+    if not config.data:
+        raise ConfigError("no data folder: give --data DIR, a folder written by `em3 prepare`")
+    data = PreparedData.open(Path(config.data))
+    if config.uses_content and not data.meta["modalities"]:
+        raise ConfigError(
+            f"{config.data} was prepared without encoders; prepare it with one or set --model.content none"
+        )
+    return data
+
+
+def build_model(config: Config, data: PreparedData) -> EM3Model:
+    """Return the model with its tables on meta and its dense parameters initialised from the seed."""
+    torch.manual_seed(config.seed)
+    store = TokenStore(data.tokens_folder) if config.uses_content else None
+    return EM3Model(FeatureSchema.from_meta(data.meta), config, store)
+
+
+def build_sharded(config: Config, data: PreparedData, ranks: Ranks) -> ShardedModel:
+    """Return the model sharded over the ranks there are, planned for the memory that they have. Collective."""
+    return shard(build_model(config, data), config, ranks, this_cluster(ranks))
+
+
+def this_cluster(ranks: Ranks) -> Cluster:
+    """Describe the machines that run this job."""
+    cuda = ranks.device.type == "cuda"
+    return Cluster(
+        world_size=ranks.world_size,
+        local_world_size=ranks.local_world_size,
+        device=ranks.device.type,
+        hbm_gb=torch.cuda.get_device_properties(ranks.device).total_memory / GIB if cuda else 0.0,
+        ddr_gb=psutil.virtual_memory().total / GIB / ranks.local_world_size,
+    )

@@ -1,0 +1,1 @@
+"""One module a subcommand of `em3`, each with a `main(arguments)`."""

@@ -1,0 +1,66 @@
+"""`em3 evaluate`: measure the best checkpoint of a run again."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torchrec_em3.build import build_sharded, open_data
+from torchrec_em3.checkpoint import CheckpointFolder
+from torchrec_em3.commands.train import measure
+from torchrec_em3.errors import CheckpointError
+from torchrec_em3.parsing import CommandParser
+from torchrec_em3.process_group import process_group
+from torchrec_em3.run_folder import peak_rss_bytes, read_run
+from torchrec_em3.runlog import configure_logging
+
+DESCRIPTION = "Measure the best checkpoint of a run on validation and test again, and write summary.json anew."
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run `em3 evaluate`."""
+    parser = CommandParser("evaluate", DESCRIPTION)
+    parser.add_argument("run", type=str, help="Run folder of `em3 train`.")
+    parser.add_argument("--data", type=str, default="", help="Prepared folder, if it has moved since training.")
+    values = parser.parse(arguments)
+    run = Path(values.run)
+    config = read_run(run)
+    if values.data:
+        config = dataclasses.replace(config, data=values.data)
+    with process_group() as ranks:
+        configure_logging(ranks.is_first)
+        data = open_data(config)
+        sharded = build_sharded(config, data, ranks)
+        checkpoints = CheckpointFolder(run / "checkpoints", ranks)
+        progress = checkpoints.load(_best_step(checkpoints), sharded, optimizer=False)
+        sharded.model.step = progress["step"]
+        training = _recorded(run) or {
+            "samples": progress["samples"],
+            "cpu_seconds": progress["cpu_seconds"],
+            "peak_rss_bytes": peak_rss_bytes(ranks),
+        }
+        training["best_step"] = progress["step"]
+        measure(run, config, data, sharded, ranks, training)
+
+
+def _recorded(run: Path) -> dict[str, Any] | None:
+    """Return what training wrote of itself, or None if it did not get to the end."""
+    path = run / "summary.json"
+    if not path.is_file():
+        return None
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    samples = summary["samples"]
+    return {
+        "samples": samples,
+        "cpu_seconds": (summary["cpu_seconds_per_1k"] or 0.0) * samples / 1000.0,
+        "peak_rss_bytes": summary["peak_rss_bytes"],
+    }
+
+
+def _best_step(checkpoints: CheckpointFolder) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise CheckpointError(f"no checkpoint in {checkpoints.folder}; did training reach its first validation?")
+    newest = json.loads((checkpoints.path(steps[-1]) / "progress.json").read_text(encoding="utf-8"))
+    return int(newest["best_step"]) if newest["best_step"] in steps else steps[-1]

@@ -1,0 +1,27 @@
+"""`em3 report`: compare runs in one self-contained HTML file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchrec_em3.parsing import CommandParser
+from torchrec_em3.report import write_report
+from torchrec_em3.runlog import configure_logging
+
+DESCRIPTION = "Compare runs side by side in one HTML file that needs no network."
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run `em3 report`."""
+    parser = CommandParser("report", DESCRIPTION)
+    parser.add_argument(
+        "runs", nargs="+", type=str, help="Run folders; the first is what the others are compared with."
+    )
+    parser.add_argument(
+        "--out", type=str, default="", help="File to write; report.html beside the first run by default."
+    )
+    parser.add_argument("--data", type=str, default="", help="Prepared folder, if it has moved since training.")
+    values = parser.parse(arguments)
+    configure_logging(first_rank=True)
+    runs = [Path(run) for run in values.runs]
+    out = Path(values.out) if values.out else runs[0] / "report.html"
+    print(f"wrote {write_report(runs, out, Path(values.data) if values.data else None)}")

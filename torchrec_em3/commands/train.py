@@ -1,0 +1,69 @@
+"""`em3 train`: plan, shard, train, evaluate the best checkpoint once on the test split."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torchrec_em3.build import build_sharded, open_data
+from torchrec_em3.config import Config
+from torchrec_em3.datasets.prepared import PreparedData
+from torchrec_em3.evaluate import evaluate_split, save_embeddings
+from torchrec_em3.parsing import CommandParser, parse_config
+from torchrec_em3.process_group import Ranks, process_group
+from torchrec_em3.run_folder import create_run, peak_rss_bytes, write_summary
+from torchrec_em3.runlog import configure_logging
+from torchrec_em3.sharding import ShardedModel
+from torchrec_em3.train import Trainer
+
+logger = logging.getLogger(__name__)
+DESCRIPTION = "Train a model on a prepared folder; under torchrun or torchx the same command trains on many processes."
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run `em3 train`."""
+    config, values = parse_config("train", DESCRIPTION, arguments, _add_arguments)
+    with process_group() as ranks:
+        configure_logging(ranks.is_first)
+        train(config, ranks, resume=values.resume, overwrite=values.overwrite)
+
+
+def _add_arguments(parser: CommandParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="Continue the run from its last checkpoint.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace a run that the folder holds already.")
+
+
+def train(config: Config, ranks: Ranks, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train one run and return its summary. Collective."""
+    data = open_data(config)
+    sharded = build_sharded(config, data, ranks)
+    run = create_run(config, ranks, sharded.plan, resume=resume, overwrite=overwrite)
+    trainer = Trainer(config, run, data, sharded, ranks)
+    trainer.fit(resume=resume)
+    progress = trainer.progress
+    gathered = ranks.gather(progress.cpu_seconds)
+    training = {
+        "samples": progress.samples,
+        "best_step": progress.best_step,
+        "cpu_seconds": ranks.broadcast(sum(gathered) if gathered is not None else None),
+        "peak_rss_bytes": peak_rss_bytes(ranks),
+    }
+    return measure(run, config, data, sharded, ranks, training)
+
+
+def measure(
+    run: Path, config: Config, data: PreparedData, sharded: ShardedModel, ranks: Ranks, training: dict[str, Any]
+) -> dict[str, Any]:
+    """Evaluate both held-out splits with the weights as they are, and write predictions, embeddings and summary."""
+    metrics = {
+        split: evaluate_split(sharded, data, split, config, ranks, save_to=run / "predictions" / f"{split}.npz")
+        for split in ("validation", "test")
+    }
+    save_embeddings(run / "embeddings.npz", sharded, ranks, seed=0)
+    summary = write_summary(run, config, data, sharded.model, ranks, training, metrics)
+    unseen = metrics["test"]["slices"]["item_frequency"]["0"]
+    logger.info(
+        "test  AUC %.4f  items never trained on: AUC %s (n=%d)", metrics["test"]["auc"], unseen["auc"], unseen["n"]
+    )
+    logger.info("wrote %s; next: em3 report %s", run / "summary.json", run)
+    return summary

@@ -1,0 +1,158 @@
+"""Every option of a training run, as one tree of frozen dataclasses."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from torchrec_em3.errors import ConfigError
+
+__all__ = ["NONE", "Config", "EmbeddingConfig", "LoaderConfig", "ModelConfig", "TrainConfig"]
+
+NONE = "none"
+"""Name that switches a pluggable part off."""
+
+
+def _at_least(option: str, value: float, limit: float) -> None:
+    if not value >= limit:
+        raise ConfigError(f"--{option} is {value}, must be at least {limit}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How rows become batches."""
+
+    batch_size: int = 2048
+    """Rows per step on each rank."""
+    max_history: int = 50
+    """Most recent events of the user that a row sees."""
+    num_workers: int = 0
+    """Loader processes per rank; 0 collates in the training process, which is vectorised and usually fast enough."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        _at_least("loader.batch_size", self.batch_size, 1)
+        _at_least("loader.max_history", self.max_history, 1)
+        _at_least("loader.num_workers", self.num_workers, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model graph: which part stands where, and its width."""
+
+    embedding_dim: int = 64
+    """Width of ID embeddings and of content."""
+    ranker: str = "din"
+    """Registered ranker: from named blocks to logits."""
+    ranker_options: dict[str, Any] = field(default_factory=dict)
+    """Options of that ranker."""
+    attention_hidden: tuple[int, ...] = (32,)
+    """Hidden widths of the target attention over the IDs of the history."""
+    content_attention_hidden: tuple[int, ...] = ()
+    """Hidden widths of the target attention over the content of the history; none scores linearly, at half the cost."""
+    content: str = "fusion_qformer"
+    """Registered content tower, or none for an ID-only model."""
+    content_options: dict[str, Any] = field(default_factory=dict)
+    """Options of that tower."""
+    history: str = "cache"
+    """Registered history content, or none to leave content out of the history."""
+    history_options: dict[str, Any] = field(default_factory=dict)
+    """Options of that history content."""
+    encode_fraction: float = 1.0
+    """Share of the distinct targets that a training step encodes; the others' content comes from the bank."""
+    alignment: str = "global"
+    """Registered Content-ID-Contrastive loss."""
+    alignment_options: dict[str, Any] = field(default_factory=dict)
+    """Options of that loss."""
+    alignment_weight: float = 0.1
+    """Weight of the alignment loss; 0 skips it altogether."""
+    unknown_id_rate: float = 0.1
+    """Share of training targets whose ID is hidden (row 0), so that row 0 and content learn to rank unknown items."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        _at_least("model.embedding_dim", self.embedding_dim, 4)
+        if self.embedding_dim % 4:
+            raise ConfigError(
+                f"--model.embedding_dim is {self.embedding_dim}, must be a multiple of 4 (fbgemm kernels)"
+            )
+        _at_least("model.alignment_weight", self.alignment_weight, 0.0)
+        if not 0.0 < self.encode_fraction <= 1.0:
+            raise ConfigError(f"--model.encode_fraction is {self.encode_fraction}, must be in (0, 1]")
+        if not 0.0 <= self.unknown_id_rate < 1.0:
+            raise ConfigError(f"--model.unknown_id_rate is {self.unknown_id_rate}, must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig:
+    """Sharded tables and the optimizer that runs inside their backward pass."""
+
+    optimizer: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
+    """Fused optimizer; adam needs CUDA."""
+    learning_rate: float = 0.05
+    """Learning rate of the tables."""
+    weight_decay: float = 0.0
+    """L2 decay of the rows that a step touches."""
+    sharding: Literal["auto", "table_wise", "row_wise", "column_wise"] = "auto"
+    """Sharding type of every table; auto leaves the choice to the planner."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        _at_least("embeddings.learning_rate", self.learning_rate, 0.0)
+        _at_least("embeddings.weight_decay", self.weight_decay, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    epochs: int = 5
+    """Largest number of passes over the training rows."""
+    learning_rate: float = 1e-3
+    """Learning rate of the dense parameters (Adam)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the dense parameters."""
+    evaluate_every: int = 0
+    """Steps between validations; 0 validates at the end of each epoch."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints besides those at validation; 0 for none."""
+    patience: int = 1
+    """Validations without improvement before training stops."""
+    select_by: Literal["auc", "gauc", "logloss"] = "auc"
+    """Validation metric that chooses the checkpoint."""
+    log_every: int = 20
+    """Steps between log lines."""
+    keep_checkpoints: int = 1
+    """Checkpoints kept besides the best one."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        for name in ("epochs", "patience", "log_every", "keep_checkpoints"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("evaluate_every", "checkpoint_every", "learning_rate", "weight_decay"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run."""
+
+    data: str = ""
+    """Prepared folder (see `em3 prepare`)."""
+    run: str = ""
+    """Run folder to write."""
+    seed: int = 0
+    """Seed of the initial weights, the order of rows and everything else that is random."""
+    plugins: str = ""
+    """Module that registers your own parts, for example my_package.towers; several with commas between them."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    embeddings: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def uses_content(self) -> bool:
+        """Whether the model has a content tower at all."""
+        return self.model.content != NONE
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the tree as plain values, ready for YAML."""
+        return asdict(self)

@@ -1,0 +1,194 @@
+"""The content path: from distinct items to the content of targets and of histories.
+
+Shape letters: B rows, N history positions, U distinct target items, F of them encoded in this step, V distinct history
+items, D width, T tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchrec_em3.batch import ModalityTokens
+from torchrec_em3.components.content_bank import NEVER, ContentBank
+from torchrec_em3.components.interest import TargetAttention
+from torchrec_em3.config import NONE, ModelConfig
+from torchrec_em3.errors import ConfigError
+from torchrec_em3.parts import build_part
+from torchrec_em3.registry import HISTORIES, TOWERS
+from torchrec_em3.schema import FeatureSchema
+
+__all__ = ["Content", "ContentPath", "DistinctItems", "TokenSource"]
+
+
+class TokenSource(Protocol):
+    """Where the model gets the encoder outputs of items from (see `torchrec_em3.datasets.tokens.TokenStore`)."""
+
+    def fetch(self, items_U: Tensor, device: torch.device | None = None) -> dict[str, ModalityTokens]:
+        """Return the tokens of `items_U` by modality, on `device`."""
+        ...
+
+
+@dataclass(frozen=True)
+class DistinctItems:
+    """Distinct items of a batch, and where each row and each history position finds its own.
+
+    Attributes:
+        target_U: Distinct target items, catalogue rows.
+        row_B: Place of each row's target in `target_U`.
+        history_V: Distinct history items, catalogue rows.
+        row_N: Place of each history position's item in `history_V`.
+        lengths_B: History positions of each row.
+    """
+
+    target_U: Tensor
+    row_B: Tensor
+    history_V: Tensor
+    row_N: Tensor
+    lengths_B: Tensor
+
+
+class Content(NamedTuple):
+    """What the content path yields.
+
+    Attributes:
+        blocks: Blocks [B, D] for the ranker, by name.
+        target_UD: Content of the distinct targets.
+        present_U: Which of them have any content at all.
+        metrics: Coverage of the bank (share of the history rows read that were ever written) and its staleness
+            (cosine of cached and fresh rows of the targets just encoded).
+    """
+
+    blocks: dict[str, Tensor]
+    target_UD: Tensor
+    present_U: Tensor
+    metrics: dict[str, Tensor]
+
+
+class _BankRows(NamedTuple):
+    """Bank rows of the history items and of the targets, and which were ever written."""
+
+    history_VD: Tensor
+    written_V: Tensor
+    target_UD: Tensor
+    written_U: Tensor
+
+
+class _HistorySource:
+    """The V distinct history items as a history adapter sees them (`components.interfaces.ItemSource`)."""
+
+    def __init__(self, item_V: Tensor, bank: _BankRows | None, store: TokenSource) -> None:
+        self._item_V, self._bank, self._store = item_V, bank, store
+
+    def bank_rows(self) -> tuple[Tensor, Tensor]:
+        assert self._bank is not None, "a history content that reads the bank must say uses_bank = True"
+        return self._bank.history_VD, self._bank.written_V
+
+    def tokens(self) -> Mapping[str, ModalityTokens]:
+        return self._store.fetch(self._item_V, self._item_V.device)
+
+
+class ContentPath(nn.Module):
+    """Content of target and history items: tower, projection, bank, history adapter and their attention.
+
+    With `encode_fraction` below 1 a training step encodes only that share of the distinct targets, drawn at random,
+    and takes the bank's rows for the others: LEMUR encodes a fifth and loses next to nothing [follow-up]. What the
+    bank does not hold yet is always encoded.
+    """
+
+    def __init__(self, schema: FeatureSchema, config: ModelConfig, store: TokenSource, device: torch.device) -> None:
+        """Build the path over the modalities of `schema`; the bank is created on `device`.
+
+        Raises:
+            ConfigError: If targets shall come from the bank, and the history content keeps none.
+        """
+        super().__init__()
+        width = config.embedding_dim
+        self._store = store
+        self._encode_fraction = config.encode_fraction
+        self.tower = build_part(
+            TOWERS,
+            config.content,
+            config.content_options,
+            {modality.name: modality.dim for modality in schema.modalities},
+            {modality.name: modality.max_tokens for modality in schema.modalities},
+            width,
+        )
+        self.projection = nn.Linear(width, width)
+        self.history: Any = None
+        self.attention: TargetAttention | None = None
+        self.bank: ContentBank | None = None
+        if config.history != NONE:
+            self.history = build_part(HISTORIES, config.history, config.history_options, self.tower, width)
+            self.attention = TargetAttention(width, width, config.content_attention_hidden)
+            if self.history.uses_bank:
+                self.bank = ContentBank(schema.item_rows, width, device)
+        if self.bank is None and config.encode_fraction < 1:
+            raise ConfigError(
+                f"--model.encode_fraction {config.encode_fraction} reads the other items from the content bank, which "
+                f"--model.history {config.history} does not keep; use 1 or --model.history cache"
+            )
+
+    def encode(self, item_U: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tower's output [U, D] and which items have any content, present_U."""
+        tokens = self._store.fetch(item_U, item_U.device)
+        present_U = torch.stack([modality.valid_UT.any(1) for modality in tokens.values()]).any(0)
+        return self.tower(tokens), present_U
+
+    def forward(self, items: DistinctItems, step: int) -> Content:
+        """Return the content of a batch's items; while training, also write the bank as of `step`. Collective."""
+        bank = self._read_bank(items)
+        raw_UD, present_U, metrics = self._encode_targets(items, bank, step)
+        target_UD = self.projection(raw_UD)
+        content_BD = target_UD[items.row_B]
+        blocks = {"content": content_BD}
+        if self.history is not None and self.attention is not None:
+            source = _HistorySource(items.history_V, bank, self._store)
+            history_VD, valid_V = self.history(source, self.tower, self.projection)
+            blocks["content_interest"] = self.attention(content_BD, history_VD, items.row_N, items.lengths_B, valid_V)
+        return Content(blocks, target_UD, present_U, metrics)
+
+    def _read_bank(self, items: DistinctItems) -> _BankRows | None:
+        """Read the rows of history and target items in one exchange."""
+        if self.bank is None:
+            return None
+        rows_D, step = self.bank.read(torch.cat([items.history_V, items.target_U]))
+        sizes = [items.history_V.numel(), items.target_U.numel()]
+        (history_VD, target_UD), (written_V, written_U) = rows_D.split(sizes), (step > NEVER).split(sizes)
+        return _BankRows(history_VD, written_V, target_UD, written_U)
+
+    def _encode_targets(
+        self, items: DistinctItems, bank: _BankRows | None, step: int
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the targets' content before the projection, which of them have any, and the bank's metrics."""
+        if bank is None or self.bank is None:
+            return *self.encode(items.target_U), {}
+        fresh_F = self._fresh(bank.written_U)
+        fresh_FD, present_F = self.encode(items.target_U[fresh_F])
+        raw_UD, present_U = fresh_FD, present_F
+        if fresh_F.numel() < items.target_U.numel():
+            raw_UD = bank.target_UD.index_copy(0, fresh_F, fresh_FD)
+            present_U = bank.written_U.index_copy(0, fresh_F, present_F)
+        if self.training:
+            self.bank.write(items.target_U[fresh_F][present_F], fresh_FD[present_F], step)
+        return raw_UD, present_U, _bank_metrics(bank, fresh_F, fresh_FD)
+
+    def _fresh(self, written_U: Tensor) -> Tensor:
+        """Choose the targets to encode; return their places."""
+        if not self.training or self._encode_fraction >= 1:
+            return torch.arange(written_U.numel(), device=written_U.device)
+        drawn_U = torch.rand(written_U.numel(), device=written_U.device) < self._encode_fraction
+        return (drawn_U | ~written_U).nonzero().squeeze(1)
+
+
+@torch.no_grad()
+def _bank_metrics(bank: _BankRows, fresh_F: Tensor, fresh_FD: Tensor) -> dict[str, Tensor]:
+    written_F = bank.written_U[fresh_F]
+    similarity_F = functional.cosine_similarity(bank.target_UD[fresh_F], fresh_FD, dim=1)
+    return {
+        "bank_coverage": bank.written_V.float().sum() / max(bank.written_V.numel(), 1),
+        "bank_similarity": (similarity_F * written_F).sum() / written_F.sum().clamp_min(1),
+    }

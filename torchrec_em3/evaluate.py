@@ -1,0 +1,162 @@
+"""One pass over a split: predictions, metrics with cold-start slices, and the embeddings that the report draws."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchrec_em3.batch import TARGET
+from torchrec_em3.config import Config
+from torchrec_em3.datasets.loader import BatchStream, batch_loader
+from torchrec_em3.datasets.prepared import PreparedData, Split
+from torchrec_em3.errors import NumericError
+from torchrec_em3.metrics import attainable_auc, ranking_metrics, sliced_metrics
+from torchrec_em3.process_group import Ranks
+from torchrec_em3.sharding import ShardedModel
+
+__all__ = ["Predictions", "evaluate_split", "predict", "refresh_bank", "save_embeddings"]
+
+REFRESH_ITEMS = 512
+"""Items that one rank encodes at a time when the bank is refreshed."""
+MAP_ITEMS = 3000
+"""Items whose embeddings a run keeps for the report."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Rows of a split in their order: user, item, label, logit."""
+
+    user: np.ndarray
+    item: np.ndarray
+    label: np.ndarray
+    logit: np.ndarray
+
+
+@torch.no_grad()
+def refresh_bank(sharded: ShardedModel, ranks: Ranks) -> None:
+    """Encode the whole catalogue with the current tower into the content bank, each rank its share. Collective.
+
+    Evaluation starts with this, as serving would: otherwise items that never were a target have no content in
+    histories.
+    """
+    content = sharded.model.content
+    if content is None or content.bank is None:
+        return
+    training = content.training
+    content.eval()
+    rows = sharded.model.item_rows
+    stride = REFRESH_ITEMS * ranks.world_size
+    for start in range(1, rows, stride):
+        first = start + ranks.rank * REFRESH_ITEMS
+        items = torch.arange(min(first, rows), min(first + REFRESH_ITEMS, rows), device=ranks.device)
+        content_UD, present_U = content.encode(items)
+        content.bank.write(items[present_U], content_UD[present_U], max(sharded.model.step, 1))
+    content.train(training)
+
+
+@torch.no_grad()
+def predict(
+    sharded: ShardedModel, data: PreparedData, split: Split, config: Config, ranks: Ranks
+) -> Predictions | None:
+    """Score every row of a split. Collective.
+
+    Returns:
+        The predictions in the split's order on rank 0, None on the others.
+
+    Raises:
+        NumericError: If a logit is not finite.
+    """
+    stream = BatchStream(
+        data,
+        split,
+        batch_size=config.loader.batch_size,
+        max_history=config.loader.max_history,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    sharded.module.eval()
+    parts: list[list[np.ndarray]] = []
+    for batch in batch_loader(stream, config.loader.num_workers):
+        _, output = sharded.module(batch.to(ranks.device))
+        real = batch.weight > 0
+        item = batch.sparse[TARGET].values()
+        parts.append([column[real].numpy() for column in (batch.user, item, batch.label, output.logit.cpu())])
+    sharded.module.train()
+    gathered = ranks.gather(parts)
+    if gathered is None:
+        return None
+    steps = [rank_part for step in zip(*gathered, strict=True) for rank_part in step]
+    columns = [np.concatenate(column) for column in zip(*steps, strict=True)]
+    predictions = Predictions(*columns)
+    bad = np.flatnonzero(~np.isfinite(predictions.logit))
+    if bad.size:
+        raise NumericError(
+            f"logit {predictions.logit[bad[0]]} at row {bad[0]} of split {split}; the model has diverged"
+        )
+    return predictions
+
+
+def evaluate_split(
+    sharded: ShardedModel,
+    data: PreparedData,
+    split: Split,
+    config: Config,
+    ranks: Ranks,
+    *,
+    save_to: Path | None = None,
+) -> dict[str, Any]:
+    """Return a split's metrics, whole and in slices, on every rank. Collective.
+
+    Args:
+        sharded: The model; its bank is refreshed first.
+        data: The prepared folder.
+        split: Which rows.
+        config: The run's options.
+        ranks: This process among its peers.
+        save_to: If given, rank 0 also writes the predictions to this .npz file.
+    """
+    refresh_bank(sharded, ranks)
+    predictions = predict(sharded, data, split, config, ranks)
+    metrics = None
+    if predictions is not None:
+        metrics = _measure(predictions, data, split)
+        if save_to is not None:
+            save_to.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(save_to, **vars(predictions))
+    result: dict[str, Any] = ranks.broadcast(metrics)
+    return result
+
+
+def _measure(predictions: Predictions, data: PreparedData, split: Split) -> dict[str, Any]:
+    probability = data.split_rows(split).get("probability")
+    metrics: dict[str, Any] = dict(ranking_metrics(predictions.label, predictions.logit, user=predictions.user))
+    metrics["slices"] = sliced_metrics(
+        predictions.label,
+        predictions.logit,
+        train_count=data.item_train_count[predictions.item],
+        known_user=data.user_train_count[predictions.user] > 0,
+        user=predictions.user,
+        probability=probability,
+    )
+    if probability is not None:
+        metrics["attainable_auc"] = attainable_auc(probability, predictions.label)
+    return metrics
+
+
+@torch.no_grad()
+def save_embeddings(path: Path, sharded: ShardedModel, ranks: Ranks, seed: int) -> None:
+    """Write content and ID embeddings of a seeded sample of items, those never trained on included. Collective."""
+    model = sharded.model
+    sharded.module.eval()
+    rows = np.random.default_rng(seed).permutation(np.arange(1, model.item_rows))[:MAP_ITEMS]
+    items = torch.from_numpy(np.sort(rows)).to(ranks.device)
+    id_UD, _, _ = model.items(items, items[:0])
+    arrays = {"item": items, "id": id_UD, "known": model.items.known(items)}
+    if model.content is not None:
+        raw_UD, present_U = model.content.encode(items)
+        arrays |= {"content": model.content.projection(raw_UD), "present": present_U}
+    sharded.module.train()
+    if ranks.is_first:
+        np.savez(path, **{name: array.cpu().numpy() for name, array in arrays.items()})

@@ -1,0 +1,146 @@
+"""The EM3 model graph: ID path, content path, ranker and losses in one module.
+
+Shape letters: B rows, U distinct target items, V distinct history items, D width.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_em3.batch import HISTORY, TARGET, Batch
+from torchrec_em3.components.distinct import distinct
+from torchrec_em3.components.embeddings import ItemEmbedding, UserEmbedding
+from torchrec_em3.components.interest import TargetAttention
+from torchrec_em3.config import Config
+from torchrec_em3.content_path import Content, ContentPath, DistinctItems, TokenSource
+from torchrec_em3.parts import build_part
+from torchrec_em3.registry import ALIGNMENTS, RANKERS
+from torchrec_em3.schema import FeatureSchema
+
+__all__ = ["EM3Model", "Output"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one forward pass yields besides the loss.
+
+    Attributes:
+        logit: Logits [B], detached.
+        metrics: Scalars of the step by name (each loss term, bank coverage and staleness), detached.
+    """
+
+    logit: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class EM3Model(nn.Module):
+    """A ranking model whose content tower is trained by the ranking loss, end to end.
+
+    ID-only training is this same module with `model.content = none`: it then has no content path and no alignment
+    loss, and pays for neither. Three parts, tower, content history and Content-ID-Contrastive loss, come from EM3
+    [abstract]; bank, routing of unknown items to row 0 and hiding IDs at `unknown_id_rate` are ours [ours].
+    """
+
+    def __init__(
+        self, schema: FeatureSchema, config: Config, store: TokenSource | None, device: torch.device | None = None
+    ) -> None:
+        """Build the graph.
+
+        Args:
+            schema: Tables, catalogue and modalities.
+            config: The run's options; only `config.model` is read.
+            store: Tokens of the catalogue; may be None for an ID-only model.
+            device: Where tables and bank are created; meta (default) leaves their memory to the sharding.
+        """
+        super().__init__()
+        device = device if device is not None else torch.device("meta")
+        options = config.model
+        width = options.embedding_dim
+        self.unknown_id_rate = options.unknown_id_rate
+        self.alignment_weight = options.alignment_weight
+        self.item_rows = schema.item_rows
+        self.users = UserEmbedding(schema, width, device)
+        self.items = ItemEmbedding(schema, width, device)
+        self.attention = TargetAttention(width, width, options.attention_hidden)
+        self.content: ContentPath | None = None
+        self.alignment: Any = None
+        block_dims = {"user": self.users.dim, "target": width, "interest": width}
+        if config.uses_content:
+            assert store is not None, "a model with content needs a token store"
+            self.content = ContentPath(schema, options, store, device)
+            block_dims["content"] = width
+            if self.content.history is not None:
+                block_dims["content_interest"] = width
+            if self.alignment_weight > 0:
+                self.alignment = build_part(ALIGNMENTS, options.alignment, options.alignment_options, width)
+        if schema.num_dense:
+            block_dims["context"] = schema.num_dense
+        self.ranker = build_part(RANKERS, options.ranker, options.ranker_options, block_dims)
+        self.step = 0
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Output]:
+        """Return the loss (a scalar whose mean over ranks is the global batch's) and the logits with their metrics."""
+        if self.training:
+            self.step += 1
+        user_BF, items = self._split(batch.sparse)
+        target_UD, history_VD, unknown_D = self.items(items.target_U, items.history_V)
+        target_BD = self._hide_ids(target_UD[items.row_B], unknown_D)
+        blocks = {
+            "user": self.users(user_BF),
+            "target": target_BD,
+            "interest": self.attention(target_BD, history_VD, items.row_N, items.lengths_B),
+        }
+        metrics: dict[str, Tensor] = {}
+        alignment = None
+        if self.content is not None:
+            content = self.content(items, self.step)
+            blocks |= content.blocks
+            metrics = content.metrics
+            alignment = self._align(content, target_UD, items)
+        if batch.dense.shape[1]:
+            blocks["context"] = batch.dense
+        logit_B = self.ranker(blocks)
+        loss = self._rank_loss(logit_B, batch)
+        metrics["rank_loss"] = loss.detach()
+        if alignment is not None:
+            metrics["alignment_loss"] = alignment.detach()
+            loss = loss + self.alignment_weight * alignment
+        metrics["loss"] = loss.detach()
+        return loss, Output(logit_B.detach(), metrics)
+
+    def _split(self, sparse: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, DistinctItems]:
+        """Separate the user features from the items, and find the distinct items."""
+        num_users = len(sparse.keys()) - 2
+        assert list(sparse.keys()[num_users:]) == [TARGET, HISTORY]
+        user_BF, target, history = sparse.split([num_users, 1, 1])
+        target_U, row_B = distinct(target.values(), self.item_rows)
+        history_V, row_N = distinct(history.values(), self.item_rows)
+        return user_BF, DistinctItems(target_U, row_B, history_V, row_N, history.lengths())
+
+    def _hide_ids(self, target_BD: Tensor, unknown_D: Tensor) -> Tensor:
+        """Replace a random share of the targets' IDs by "unknown" while training."""
+        if not self.training or self.unknown_id_rate == 0:
+            return target_BD
+        hidden_B = torch.rand(target_BD.shape[0], device=target_BD.device) < self.unknown_id_rate
+        return torch.where(hidden_B[:, None], unknown_D, target_BD)
+
+    def _align(self, content: Content, id_UD: Tensor, items: DistinctItems) -> Tensor | None:
+        """Contrast content and ID of the distinct targets that have both."""
+        if self.alignment is None or not self.training:
+            return None
+        usable_U = content.present_U & self.items.known(items.target_U)
+        count_U = torch.bincount(items.row_B, minlength=items.target_U.numel())
+        loss: Tensor = self.alignment(
+            content.target_UD[usable_U], id_UD[usable_U], items.target_U[usable_U], count_U[usable_U]
+        )
+        return loss
+
+    @staticmethod
+    def _rank_loss(logit_B: Tensor, batch: Batch) -> Tensor:
+        """Binary cross-entropy, mean over the rows that count."""
+        loss_B = functional.binary_cross_entropy_with_logits(logit_B, batch.label, reduction="none")
+        return (loss_B * batch.weight).sum() / batch.weight.sum().clamp_min(1.0)

@@ -1,0 +1,96 @@
+"""One process or many: the process group, this rank's device and the exchanges that are not the model's."""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+__all__ = ["Ranks", "process_group"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers.
+
+    Attributes:
+        rank: Number of this process.
+        world_size: Number of processes.
+        local_world_size: Number of processes on this machine.
+        device: Where this process computes.
+        group: The process group for the model's collectives.
+    """
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    group: Any
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes logs and files."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Return every rank's `value` on rank 0, None elsewhere. Collective."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] | None = [None] * self.world_size if self.is_first else None
+        dist.gather_object(value, gathered)
+        return gathered
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's `value` on every rank. Collective."""
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+
+@contextmanager
+def process_group(timeout_seconds: float = 1800.0) -> Iterator[Ranks]:
+    """Join the process group that torchrun describes in the environment, or make one of a single process.
+
+    gloo on CPU, nccl on CUDA; a process on CUDA takes the device of its local rank.
+    """
+    environment = os.environ
+    world_size = int(environment.get("WORLD_SIZE", "1"))
+    rank = int(environment.get("RANK", "0"))
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    local_world_size = int(environment.get("LOCAL_WORLD_SIZE", str(world_size)))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        _share_cores(local_world_size)
+    started = not dist.is_initialized()
+    if started:
+        alone = "MASTER_ADDR" not in environment
+        dist.init_process_group(
+            backend="cuda:nccl,cpu:gloo" if cuda else "gloo",
+            rank=rank,
+            world_size=world_size,
+            store=HashStore() if alone else None,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+        )
+    try:
+        yield Ranks(rank, world_size, local_world_size, device, dist.group.WORLD)
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+def _share_cores(local_world_size: int) -> None:
+    """Give each process of a machine its share of the cores, unless the user has set OMP_NUM_THREADS."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))

@@ -1,0 +1,242 @@
+"""Sharding: the planner's topology and constraints, fused optimizers, DistributedModelParallel.
+
+Only this module knows DistributedModelParallel; one process is a world of one and runs the same code.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.optim.apply_optimizer_in_backward import (
+    _apply_optimizer_in_backward as apply_optimizer_in_backward,
+)
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.planners import PlannerError
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import HardwareConfig, KernelConfig, TopologyFactory, TrainerConfig
+from torchrec.distributed.tensor_pool import TensorPoolSharder
+from torchrec.distributed.types import (
+    ModuleSharder,
+    ObjectPoolShardingPlan,
+    ObjectPoolShardingType,
+    ShardingPlan,
+    ShardingType,
+)
+from torchrec.modules.tensor_pool import TensorPool
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from torchrec_em3.components.embeddings import ItemEmbedding, UserEmbedding
+from torchrec_em3.config import Config, EmbeddingConfig
+from torchrec_em3.errors import ConfigError
+from torchrec_em3.model import EM3Model
+from torchrec_em3.plan_report import PlanReport
+from torchrec_em3.process_group import Ranks
+
+__all__ = ["Cluster", "ShardedModel", "make_plan", "shard"]
+
+GIB = 1024**3
+RESERVED_SHARE = 0.15
+"""Share of each rank's memory that the plan leaves to activations and dense parts."""
+ADAGRAD_EPSILON = 1e-8
+"""Given explicitly: fbgemm's default and the eager optimizer's differ, and with them the weights."""
+_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+}
+_SPLITTABLE = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.COLUMN_WISE.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The machines that a plan is made for.
+
+    Attributes:
+        world_size: Number of ranks.
+        local_world_size: Ranks on one machine.
+        device: "cpu" or "cuda".
+        hbm_gb: Memory of one accelerator; ignored on CPU.
+        ddr_gb: Host memory of one rank.
+    """
+
+    world_size: int = 1
+    local_world_size: int = 1
+    device: str = "cpu"
+    hbm_gb: float = 80.0
+    ddr_gb: float = 16.0
+
+    def __post_init__(self) -> None:
+        """Check that the ranks fill whole machines."""
+        if self.world_size < 1 or self.local_world_size < 1 or self.world_size % self.local_world_size:
+            raise ConfigError(
+                f"--world_size {self.world_size} must be a positive multiple of "
+                f"--local_world_size {self.local_world_size}"
+            )
+
+    def topology(self) -> Topology:
+        """Return TorchRec's description of the cluster."""
+        cuda = self.device == "cuda"
+        return TopologyFactory.create_topology(
+            TrainerConfig(world_size=self.world_size, local_world_size=self.local_world_size),
+            HardwareConfig(hbm_cap_bytes=int(self.hbm_gb * GIB) if cuda else 0, ddr_cap_bytes=int(self.ddr_gb * GIB)),
+            KernelConfig(compute_device=self.device),
+        )
+
+
+class _CpuBagSharder(EmbeddingBagCollectionSharder):
+    """TorchRec's sharder offers only table-wise and column-wise on CPU, though row-wise works there as well."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return list(_SPLITTABLE)
+
+
+class _CpuSequenceSharder(EmbeddingCollectionSharder):
+    """As above, for sequence embeddings."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return list(_SPLITTABLE)
+
+
+def _sharders(device: str) -> list[ModuleSharder[nn.Module]]:
+    if device == "cpu":
+        return [_CpuBagSharder(), _CpuSequenceSharder(), TensorPoolSharder()]
+    return [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder(), TensorPoolSharder()]
+
+
+def _constraints(model: EM3Model, config: Config, device: str) -> dict[str, ParameterConstraints]:
+    """Say for each table how it may be sharded and how many ids a row brings, which the planner cannot know.
+
+    Data parallel is never offered: such a table ignores the fused optimizer, and its sequence form fails on CPU.
+    """
+    asked = config.embeddings.sharding
+    types = list(_SPLITTABLE) if asked == "auto" else [asked]
+    kernels = [EmbeddingComputeKernel.FUSED.value]
+    if device == "cuda":
+        kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
+    history = float(config.loader.max_history)
+    constraints = {}
+    for module in model.modules():
+        if isinstance(module, UserEmbedding | ItemEmbedding):
+            pooling = [1.0, history] if isinstance(module, ItemEmbedding) else [1.0]
+            for name in module.table_names:
+                constraints[name] = ParameterConstraints(
+                    sharding_types=types, compute_kernels=kernels, pooling_factors=pooling
+                )
+    return constraints
+
+
+def make_plan(
+    model: EM3Model, config: Config, cluster: Cluster, ranks: Ranks | None = None
+) -> tuple[ShardingPlan, PlanReport]:
+    """Let TorchRec's planner place the tables, and add the content bank, which the planner does not know.
+
+    Args:
+        model: The model, tables on meta.
+        config: The run's options.
+        cluster: The machines; need not exist unless `ranks` is given.
+        ranks: If given, all ranks call this together and receive rank 0's plan.
+
+    Returns:
+        The plan and its report.
+
+    Raises:
+        ConfigError: If the tables do not fit or a sharding type does not suit them.
+    """
+    report = PlanReport()
+    planner = EmbeddingShardingPlanner(
+        topology=cluster.topology(),
+        batch_size=config.loader.batch_size,
+        constraints=_constraints(model, config, cluster.device),
+        storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
+        stats=[report],
+    )
+    sharders = _sharders(cluster.device)
+    try:
+        plan = planner.plan(model, sharders) if ranks is None else planner.collective_plan(model, sharders, ranks.group)
+    except (PlannerError, RuntimeError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"no sharding plan for {cluster.world_size} x {cluster.device} with --embeddings.sharding "
+            f"{config.embeddings.sharding}: {first_line}"
+        ) from error
+    for name, module in model.named_modules():
+        if isinstance(module, TensorPool):
+            plan.plan[name] = ObjectPoolShardingPlan(ObjectPoolShardingType.ROW_WISE)
+    return plan, report
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """A model ready to train.
+
+    Attributes:
+        module: The DistributedModelParallel module; call it with a batch.
+        optimizer: Steps the fused optimizers of the tables and the dense optimizer.
+        plan: Where the tables went, for the records.
+    """
+
+    module: DistributedModelParallel
+    optimizer: CombinedOptimizer
+    plan: PlanReport
+
+    @property
+    def model(self) -> EM3Model:
+        """The EM3 model inside the parallel wrappers."""
+        inner = self.module.module
+        while not isinstance(inner, EM3Model):
+            inner = inner.module
+        return inner
+
+
+def shard(model: EM3Model, config: Config, ranks: Ranks, cluster: Cluster) -> ShardedModel:
+    """Shard the tables over the ranks, replicate the rest, and set up both optimizers.
+
+    Args:
+        model: The model with tables on meta and dense parameters on CPU, equal on every rank.
+        config: The run's options.
+        ranks: This process among its peers.
+        cluster: What the planner plans for.
+
+    Returns:
+        The sharded model. Each shard of a table is initialised by its own rank's random generator, from the seed and
+        the rank.
+
+    Raises:
+        ConfigError: If no plan fits or the fused optimizer does not exist on this device.
+    """
+    _fuse_optimizers(model, config.embeddings, ranks.device)
+    plan, report = make_plan(model, config, cluster, ranks)
+    torch.manual_seed(config.seed * 1_000_003 + 1 + ranks.rank)
+    module = DistributedModelParallel(
+        module=model, device=ranks.device, plan=plan, sharders=_sharders(ranks.device.type)
+    )
+    dense = KeyedOptimizerWrapper(
+        dict(in_backward_optimizer_filter(module.named_parameters())),
+        lambda parameters: torch.optim.AdamW(
+            parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
+        ),
+    )
+    optimizer = CombinedOptimizer([("tables", module.fused_optimizer), ("dense", dense)])
+    return ShardedModel(module, optimizer, report)
+
+
+def _fuse_optimizers(model: EM3Model, options: EmbeddingConfig, device: torch.device) -> None:
+    if options.optimizer == "adam" and device.type == "cpu":
+        raise ConfigError(
+            "--embeddings.optimizer adam is not supported on CPU by fbgemm; use rowwise_adagrad, adagrad or sgd there"
+        )
+    for module in model.modules():
+        if isinstance(module, UserEmbedding | ItemEmbedding):
+            settings: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+            if options.optimizer != "sgd":
+                settings["eps"] = ADAGRAD_EPSILON
+            # A new dict each time: TorchRec writes into it.
+            apply_optimizer_in_backward(_OPTIMIZERS[options.optimizer], module.tables.parameters(), settings)

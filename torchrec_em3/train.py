@@ -1,0 +1,282 @@
+"""The training loop: pipeline, validation, early stopping, checkpoints, resume."""
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.distributed.train_pipeline.train_pipelines import TrainPipelineBase
+from tqdm import tqdm
+
+from torchrec_em3.batch import Batch
+from torchrec_em3.checkpoint import CheckpointFolder
+from torchrec_em3.config import Config
+from torchrec_em3.datasets.loader import BatchStream, batch_loader
+from torchrec_em3.datasets.prepared import PreparedData
+from torchrec_em3.errors import CheckpointError, NumericError, Preempted
+from torchrec_em3.evaluate import evaluate_split
+from torchrec_em3.model import Output
+from torchrec_em3.process_group import Ranks
+from torchrec_em3.runlog import RunLog
+from torchrec_em3.sharding import ShardedModel
+
+__all__ = ["CheckedPipeline", "Progress", "Trainer"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with each checkpoint.
+
+    Attributes:
+        epoch: Current epoch, from 0.
+        row: Rows of the epoch's order that have been trained on, over all ranks.
+        step: Optimizer steps done.
+        samples: Rows trained on, over all ranks and epochs.
+        cpu_seconds: Processor time of training steps, loading included, over all ranks.
+        best_step: Step of the best validation; -1 before the first.
+        best_value: Its metric, larger is better; None before the first.
+        stale_validations: Validations since then.
+    """
+
+    epoch: int = 0
+    row: int = 0
+    step: int = 0
+    samples: int = 0
+    cpu_seconds: float = 0.0
+    best_step: int = -1
+    best_value: float | None = None
+    stale_validations: int = 0
+
+
+class CheckedPipeline(TrainPipelineBase[Batch, Output]):
+    """TorchRec's pipeline with a look at the loss before backward, where the fused optimizers write.
+
+    Every rank learns of a bad loss or of a request to stop on any rank in the same step.
+    """
+
+    def __init__(self, sharded: ShardedModel, ranks: Ranks) -> None:
+        super().__init__(sharded.module, sharded.optimizer, ranks.device)
+        self._ranks = ranks
+        self.stop_requested = False
+        self.stop_agreed = False
+
+    def _backward(self, losses: Tensor) -> None:
+        state = torch.stack(
+            [torch.isfinite(losses.detach()).float(), losses.new_tensor(float(not self.stop_requested))]
+        )
+        if self._ranks.world_size > 1:
+            dist.all_reduce(state, op=dist.ReduceOp.MIN)
+        finite, go_on = state.tolist()
+        self.stop_agreed = not go_on
+        if not finite:
+            raise NumericError(f"loss is {float(losses.detach())} on rank {self._ranks.rank}")
+        losses.backward()  # type: ignore[no-untyped-call]
+
+
+class _Averages:
+    """Means of the steps' metrics between two log lines, kept as tensors so that no step waits for them."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        self._steps += 1
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+
+    def take(self) -> dict[str, float]:
+        means = {name: float(value) / self._steps for name, value in self._sums.items()}
+        self._sums, self._steps = {}, 0
+        return means
+
+
+class Trainer:
+    """Trains a sharded model on a prepared folder and leaves the best weights in it."""
+
+    def __init__(self, config: Config, run: Path, data: PreparedData, sharded: ShardedModel, ranks: Ranks) -> None:
+        """Prepare to train; nothing is read or written yet.
+
+        Args:
+            config: The run's options.
+            run: Run folder, which exists.
+            data: Prepared folder.
+            sharded: The model.
+            ranks: This process among its peers.
+        """
+        self._config, self._data, self._sharded, self._ranks = config, data, sharded, ranks
+        self.progress = Progress()
+        self.checkpoints = CheckpointFolder(run / "checkpoints", ranks)
+        self._stream = BatchStream(
+            data,
+            "train",
+            batch_size=config.loader.batch_size,
+            max_history=config.loader.max_history,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            seed=config.seed,
+        )
+        self._pipeline = CheckedPipeline(sharded, ranks)
+        self._log = RunLog(run, ranks.is_first)
+        self._averages = _Averages()
+
+    def fit(self, *, resume: bool = False) -> None:
+        """Train until early stopping or the last epoch, then load the weights of the best validation.
+
+        Args:
+            resume: Continue from the last checkpoint, to the very same losses as an uninterrupted run.
+
+        Raises:
+            NumericError: If a loss is not finite; the step is not applied.
+            Preempted: After SIGTERM, once a checkpoint is saved.
+        """
+        if resume:
+            self._resume()
+        with self._stop_on_sigterm():
+            while self.progress.epoch < self._config.train.epochs and not self._exhausted():
+                self._train_epoch()
+            if self.progress.best_step < 0:
+                self._validate()
+        if self.progress.best_step != self.progress.step:
+            self.checkpoints.load(self.progress.best_step, self._sharded, optimizer=False)
+        self._log.close()
+
+    def _exhausted(self) -> bool:
+        return self.progress.stale_validations >= self._config.train.patience
+
+    def _train_epoch(self) -> None:
+        progress, options = self.progress, self._config.train
+        self._stream.seek(progress.epoch, progress.row)
+        batches = iter(batch_loader(self._stream, self._config.loader.num_workers))
+        self._pipeline.reset()
+        self._sharded.module.train()
+        bar = tqdm(
+            total=len(self._stream),
+            initial=progress.row // self._stream.global_batch_size,
+            desc=f"epoch {progress.epoch + 1}/{options.epochs}",
+            disable=None if self._ranks.is_first else True,
+        )
+        with bar:
+            while self._train_step(batches):
+                bar.update()
+                if options.evaluate_every and progress.step % options.evaluate_every == 0:
+                    self._validate()
+                    if self._exhausted():
+                        return
+        progress.epoch, progress.row = progress.epoch + 1, 0
+        if not options.evaluate_every:
+            self._validate()
+
+    def _train_step(self, batches: Iterator[Batch]) -> bool:
+        """Train on one batch; return False at the end of the epoch."""
+        progress, options = self.progress, self._config.train
+        started = time.process_time()
+        try:
+            output = self._pipeline.progress(batches)
+        except StopIteration:
+            return False
+        except NumericError as error:
+            raise NumericError(
+                f"{error} at step {progress.step + 1}; the step was not applied. Lower --train.learning_rate or "
+                "--embeddings.learning_rate, or continue from the last checkpoint with --resume"
+            ) from error
+        progress.cpu_seconds += time.process_time() - started
+        progress.step += 1
+        progress.row += self._stream.global_batch_size
+        progress.samples += self._stream.global_batch_size
+        self._averages.add(output.metrics)
+        if progress.step % options.log_every == 0:
+            self._log_train()
+        if self._pipeline.stop_agreed:
+            self._save()
+            raise Preempted(f"stopped by SIGTERM at step {progress.step}; continue with --resume")
+        if options.checkpoint_every and progress.step % options.checkpoint_every == 0:
+            self._save()
+        return True
+
+    def _log_train(self) -> None:
+        progress = self.progress
+        values: dict[str, float | None] = {**self._averages.take(), "samples": progress.samples}
+        self._log.scalars("train", step=progress.step, epoch=progress.epoch, values=values)
+
+    def _validate(self) -> None:
+        """Measure the validation split, note whether it is the best so far, and save a checkpoint."""
+        progress, options = self.progress, self._config.train
+        metrics = evaluate_split(self._sharded, self._data, "validation", self._config, self._ranks)
+        value = metrics[options.select_by]
+        if value is None:
+            raise NumericError(
+                f"validation {options.select_by} is undefined (one class only); use --train.select_by logloss"
+            )
+        value = -value if options.select_by == "logloss" else value
+        if progress.best_value is None or value > progress.best_value:
+            progress.best_value, progress.best_step, progress.stale_validations = value, progress.step, 0
+        else:
+            progress.stale_validations += 1
+        unseen = metrics["slices"]["item_frequency"]["0"]
+        values = {name: metrics[name] for name in ("auc", "gauc", "ne", "logloss", "calibration")}
+        values |= {"auc_unseen_items": unseen["auc"], "samples": progress.samples}
+        self._log.scalars("validation", step=progress.step, epoch=progress.epoch, values=values)
+        logger.info(
+            "step %d  validation AUC %.4f  GAUC %s  NE %.4f  items never trained on: AUC %s (n=%d)%s",
+            progress.step,
+            metrics["auc"],
+            _decimals(metrics["gauc"]),
+            metrics["ne"],
+            _decimals(unseen["auc"]),
+            unseen["n"],
+            "  best so far" if progress.stale_validations == 0 else "",
+        )
+        self._save()
+
+    def _save(self) -> None:
+        gathered = self._ranks.gather(self.progress.cpu_seconds)
+        cpu_seconds = sum(gathered) if gathered is not None else 0.0
+        saved = asdict(self.progress) | {"cpu_seconds": cpu_seconds}
+        self.checkpoints.save(self.progress.step, self._sharded, saved)
+        self.checkpoints.retain({self.progress.best_step}, self._config.train.keep_checkpoints)
+
+    def _resume(self) -> None:
+        steps = self.checkpoints.steps()
+        if not steps:
+            raise CheckpointError(f"nothing to resume in {self.checkpoints.folder}; start without --resume")
+        saved = self.checkpoints.load(steps[-1], self._sharded)
+        self.progress = Progress(**{name: saved[name] for name in asdict(Progress())})
+        if not self._ranks.is_first:
+            self.progress.cpu_seconds = 0.0
+        self._sharded.model.step = self.progress.step
+        self._log.rewind(self.progress.step)
+        logger.info("resumed at step %d, epoch %d", self.progress.step, self.progress.epoch + 1)
+
+    def _stop_on_sigterm(self) -> "_SigtermRequest":
+        return _SigtermRequest(self._pipeline)
+
+
+class _SigtermRequest:
+    """While active, SIGTERM asks the pipeline to stop after the current step instead of killing the process."""
+
+    def __init__(self, pipeline: CheckedPipeline) -> None:
+        self._pipeline = pipeline
+        self._previous: Any = None
+
+    def __enter__(self) -> None:
+        self._previous = signal.signal(signal.SIGTERM, self._request)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self._pipeline.stop_requested = True
+
+
+def _decimals(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
