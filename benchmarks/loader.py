@@ -1,0 +1,46 @@
+"""The loader alone: rows per second, beside the rows per second of training on one thread.
+
+python benchmarks/loader.py --data DATA
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+from jsonargparse import auto_cli
+from synthetic import write_synthetic
+
+from torchrec_em3.datasets.loader import BatchStream, batch_loader
+from torchrec_em3.datasets.prepared import PreparedData
+
+
+def main(data: str = "", batch_size: int = 4096, max_history: int = 50, steps: int = 200) -> None:
+    """Print rows per second and CPU seconds per 1,000 rows.
+
+    Args:
+        data: Prepared folder; synthetic data if empty.
+        batch_size: Rows per step.
+        max_history: Longest history.
+        steps: Batches to read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = (
+            Path(data)
+            if data
+            else write_synthetic(Path(folder) / "data", num_users=20_000, num_items=50_000, num_events=1_500_000)
+        )
+        stream = BatchStream(PreparedData.open(path), "train", batch_size=batch_size, max_history=max_history)
+        read, rows = 0, 0
+        wall, cpu = time.perf_counter(), time.process_time()
+        while read < steps:
+            for batch in batch_loader(stream):
+                rows += len(batch)
+                read += 1
+                if read == steps:
+                    break
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    print(f"{rows} rows: {rows / wall:,.0f} rows/s, {cpu / rows * 1000:.5f} CPU s per 1,000 rows")
+
+
+if __name__ == "__main__":
+    auto_cli(main)
