@@ -129,10 +129,10 @@ def _check_ids_and_repeats(
     if again.any():
         rows = order[1:][again]
         row = int(rows.min())
-        same = (pair == pair[row]) & (timestamp == timestamp[row])
+        first = first_row + int(np.argmax((pair == pair[row]) & (timestamp == timestamp[row])))
         raise DataError(
             f"{source} row {row + first_row}: user_id {user_id[row]}, item_id {item_id[row]} and timestamp "
-            f"{timestamp[row]} repeat row {int(np.argmax(same)) + first_row} ({again.sum()} such rows); keep one of each"
+            f"{timestamp[row]} repeat row {first} ({again.sum()} such rows); keep one of each"
         )
 
 

@@ -132,7 +132,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if not (out / "meta.json").is_file() or not (out / "interactions").is_dir():
         raise DataError(f"{out}: is not empty and not a prepared folder; give a folder that does not exist yet")
     if not overwrite:
-        raise DataError(f"{out}: holds prepared data already; give another folder or --overwrite true")
+        raise DataError(f"{out}: holds prepared data already; give another folder or --overwrite")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from torchrec_em3.datasets.tokens import TokenStore
 from torchrec_em3.errors import ConfigError, DataError
 
 NO_ENCODERS = {"text_encoder": "none", "image_encoder": "none"}
+TINY_ENCODERS = {"text_encoder": "tiny_text", "image_encoder": "tiny_image"}
 
 
 def check_index(raw: RawDataset, indexed: IndexedDataset) -> None:
@@ -158,7 +160,7 @@ def test_unusable_modalities_are_counted_and_masked(tmp_path: Path) -> None:
     image[:4] = ["good.jpg", "half.jpg", "page.jpg", "gone.jpg"]
     text[:5] = ""
     raw = replace(raw, items=replace(raw.items, image=image, text=text))
-    meta = prepare(raw, tmp_path / "data", PrepareOptions(text_encoder="tiny_text", image_encoder="tiny_image"))
+    meta = prepare(raw, tmp_path / "data", PrepareOptions(**TINY_ENCODERS))
     counts = {
         name: [part[key] for key in ("present", "missing", "broken")] for name, part in meta["modalities"].items()
     }
@@ -229,6 +231,23 @@ def test_a_failure_leaves_nothing_and_keeps_what_was_there(
     assert data.meta["content_hash"] == before["content_hash"]
 
 
+def test_a_failing_last_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = PrepareOptions(overwrite=True, **NO_ENCODERS)
+    before = prepare(make_raw(), tmp_path / "data", options)
+    rename = Path.rename
+
+    def fail_for_the_new(path: Path, target: Path) -> Path:
+        if path.suffix == ".new":
+            raise PermissionError("the disk says no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    with pytest.raises(PermissionError):
+        prepare(make_raw(seed=1), tmp_path / "data", options)
+    assert listing(tmp_path) == ["data"]
+    assert PreparedData.open(tmp_path / "data").meta["content_hash"] == before["content_hash"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -248,6 +267,19 @@ def test_wrong_options_are_named_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         prepare(make_raw(), tmp_path / "data", PrepareOptions(**{**NO_ENCODERS, **options}))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[2] / "docs" / "data-format.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks).replace("label_threshold=None", f"label_threshold=None, **{TINY_ENCODERS}")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["data"].meta["modalities"]["text"]["missing"] == 1
+    assert sum(names["data"].meta["counts"][split] for split in ("train", "validation", "test")) == 5
+    assert len(names["rows"]["user"]) == names["data"].meta["counts"]["train"]
 
 
 real = pytest.mark.skipif("EM3_REAL_DATA" not in os.environ, reason="EM3_REAL_DATA names no folder of real data")
