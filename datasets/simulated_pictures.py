@@ -1,6 +1,7 @@
-"""Pictures of the simulated catalogue: a shape in a colour with a pattern, drawn with everything else left to chance."""
+"""Pictures of the simulated catalogue: a shape in a colour with a pattern, all else left to chance."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -89,26 +90,23 @@ def _pattern(pattern: str, side: int, rng: np.random.Generator) -> np.ndarray:
     return np.zeros((side, side), dtype=np.float32)
 
 
-def draw_picture(colour: str, shape: str, pattern: str, size: str, side: int, rng: np.random.Generator) -> Image.Image:
+def draw_picture(value: Mapping[str, str], side: int, rng: np.random.Generator) -> Image.Image:
     """Draw one item; place, turn, shade, background, pattern angle and noise differ from picture to picture.
 
     Args:
-        colour: Value of attribute "colour".
-        shape: Value of attribute "shape".
-        pattern: Value of attribute "pattern"; its second colour is a lighter tint.
-        size: Value of attribute "size".
+        value: The item's value of each attribute; those of `VISUAL_ATTRIBUTES` are read.
         side: Width and height in pixels.
         rng: Source of everything that carries no meaning.
 
     Returns:
-        RGB picture.
+        RGB picture; a pattern's second colour is a lighter tint of the first.
     """
-    radius = SIZES[size] * rng.uniform(0.95, 1.05)
+    radius = SIZES[value["size"]] * rng.uniform(0.95, 1.05)
     centre = 0.5 + rng.uniform(-0.06, 0.06, size=2)
-    mask = _mask(shape, centre, radius, rng.normal(0.0, 0.15), side)[..., None]
-    fill = np.array(COLOURS[colour]) + rng.normal(0.0, 10.0, size=3)
+    mask = _mask(value["shape"], centre, radius, rng.normal(0.0, 0.15), side)[..., None]
+    fill = np.array(COLOURS[value["colour"]]) + rng.normal(0.0, 10.0, size=3)
     tint = fill + (255 - fill) * 0.7
-    second = _pattern(pattern, side, rng)[..., None]
+    second = _pattern(value["pattern"], side, rng)[..., None]
     inside = fill * (1 - second) + tint * second
     grey = rng.uniform(175, 240) + rng.normal(0.0, 6.0, size=3)
     slope = np.linspace(-1, 1, side)[:, None, None] * rng.uniform(-15, 15)

@@ -1,6 +1,7 @@
 """Descriptions of the simulated catalogue: the same facts in many wordings, so that no word is a code for a value."""
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -69,21 +70,17 @@ def write_title(number: int, rng: np.random.Generator) -> str:
     return f"{_pick(SERIES, rng)} {number}"
 
 
-def write_description(topic: str, material: str, style: str, use: str, rng: np.random.Generator) -> str:
+def write_description(value: Mapping[str, str], rng: np.random.Generator) -> str:
     """Describe one item in one or two sentences of about 20 words.
 
     Args:
-        topic: Value of attribute "topic".
-        material: Value of attribute "material".
-        style: Value of attribute "style".
-        use: Value of attribute "use".
+        value: The item's value of each attribute; those of `TEXT_ATTRIBUTES` are read.
         rng: Chooses the wording.
 
     Returns:
         Text in which each value appears as one of several phrases.
     """
-    values = {"topic": topic, "material": material, "style": style, "use": use}
-    words = {name: _pick(PHRASES[name][value], rng) for name, value in values.items()}
+    words = {name: _pick(PHRASES[name][value[name]], rng) for name in PHRASES}
     text = _pick(TEMPLATES, rng).format(noun=_pick(NOUNS, rng), **words)
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
     sentences = [sentence[:1].upper() + sentence[1:] for sentence in text.split(". ")]

@@ -165,7 +165,5 @@ def _patch_grid(hidden_nTD: Tensor) -> Tensor:
     count = hidden_nTD.shape[1]
     side = math.isqrt(count)
     if count - side * side > MAX_SPECIAL_TOKENS:
-        raise ConfigError(
-            f"encoder 'hf_image': {count} tokens form no square patch grid; pick a model with square pictures"
-        )
+        raise ConfigError(f"encoder 'hf_image': {count} tokens form no square grid; pick a model with square pictures")
     return hidden_nTD[:, count - side * side :].transpose(1, 2).reshape(len(hidden_nTD), -1, side, side)

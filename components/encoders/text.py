@@ -100,8 +100,7 @@ class _TextEncoder:
         Returns:
             Tokens [n, max_tokens, dim], float32 on the CPU, zero beyond the length; lengths [n], int64, at least 1.
         """
-        limit = CHARACTERS_PER_TOKEN * self.max_tokens
-        texts = [" ".join(str(text)[:limit].replace("\0", " ").split()) for text in inputs]
+        texts = [_clean(str(text)[: CHARACTERS_PER_TOKEN * self.max_tokens]) for text in inputs]
         tokens_nTD = torch.zeros(len(texts), self.max_tokens, self.dim)
         lengths_n = torch.zeros(len(texts), dtype=torch.int64)
         if not texts:
@@ -114,6 +113,11 @@ class _TextEncoder:
             hidden_nSD, lengths_n[chunk] = self._hidden([ids[row] for row in chunk.tolist()])
             tokens_nTD[chunk, : hidden_nSD.shape[1]] = hidden_nSD
         return tokens_nTD, lengths_n
+
+
+def _clean(text: str) -> str:
+    """Return `text` on one line, without what tokenisers refuse: NUL and halves of surrogate pairs."""
+    return " ".join(text.replace("\0", " ").encode("utf-8", "replace").decode("utf-8").split())
 
 
 def _load_text_model(name: str, model: str, revision: str) -> Any:
