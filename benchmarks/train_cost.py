@@ -61,6 +61,7 @@ def main(
     embedding_dim: int = 64,
     hidden: tuple[int, ...] = (1024, 512, 256),
     history: str = "cache",
+    encode_fraction: float = 1.0,
     rounds: int = 5,
     steps: int = 4,
     num_users: int = 20_000,
@@ -76,6 +77,7 @@ def main(
         embedding_dim: Width of IDs and content.
         hidden: Hidden widths of the ranker.
         history: History content of EM3.
+        encode_fraction: Share of the distinct targets that a step of EM3 encodes.
         rounds: How often the two take turns.
         steps: Steps of a turn.
         num_users: Users of the synthetic data.
@@ -89,7 +91,12 @@ def main(
         base = Config(
             data=path,
             loader=LoaderConfig(batch_size=batch_size, max_history=max_history),
-            model=ModelConfig(embedding_dim=embedding_dim, history=history, ranker_options={"hidden": hidden}),
+            model=ModelConfig(
+                embedding_dim=embedding_dim,
+                history=history,
+                encode_fraction=encode_fraction,
+                ranker_options={"hidden": hidden},
+            ),
         )
         id_only = dataclasses.replace(base, model=dataclasses.replace(base.model, content="none"))
         trainings = {

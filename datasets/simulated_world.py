@@ -42,7 +42,7 @@ class SimulatedOptions:
     """Items in the catalogue."""
 
     num_users: int = 1000
-    """Users."""
+    """Users; memory grows with users x items."""
 
     num_interactions: int = 90_000
     """Events, about: a user who has seen everything is shown nothing."""

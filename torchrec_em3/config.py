@@ -62,7 +62,7 @@ class ModelConfig:
     """Registered Content-ID-Contrastive loss."""
     alignment_options: dict[str, Any] = field(default_factory=dict)
     """Options of that loss."""
-    alignment_weight: float = 0.1
+    alignment_weight: float = 0.01
     """Weight of the alignment loss; 0 skips it altogether."""
     unknown_id_rate: float = 0.1
     """Share of training targets whose ID is hidden (row 0), so that row 0 and content learn to rank unknown items."""
@@ -92,7 +92,7 @@ class EmbeddingConfig:
     weight_decay: float = 0.0
     """L2 decay of the rows that a step touches."""
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise"] = "auto"
-    """Sharding type of every table; auto leaves the choice to the planner."""
+    """Sharding type of every table; auto lets the planner choose between table-wise and row-wise."""
 
     def __post_init__(self) -> None:
         """Check the limits."""
@@ -104,7 +104,7 @@ class EmbeddingConfig:
 class TrainConfig:
     """The loop."""
 
-    epochs: int = 5
+    epochs: int = 8
     """Largest number of passes over the training rows."""
     learning_rate: float = 1e-3
     """Learning rate of the dense parameters (Adam)."""
@@ -114,7 +114,7 @@ class TrainConfig:
     """Steps between validations; 0 validates at the end of each epoch."""
     checkpoint_every: int = 0
     """Steps between checkpoints besides those at validation; 0 for none."""
-    patience: int = 1
+    patience: int = 2
     """Validations without improvement before training stops."""
     select_by: Literal["auc", "gauc", "logloss"] = "auc"
     """Validation metric that chooses the checkpoint."""

@@ -156,9 +156,8 @@ class ContentPath(nn.Module):
         if self.bank is None:
             return None
         rows_D, step = self.bank.read(torch.cat([items.history_V, items.target_U]))
-        sizes = [items.history_V.numel(), items.target_U.numel()]
-        (history_VD, target_UD), (written_V, written_U) = rows_D.split(sizes), (step > NEVER).split(sizes)
-        return _BankRows(history_VD, written_V, target_UD, written_U)
+        written, end = step > NEVER, items.history_V.numel()
+        return _BankRows(rows_D[:end], written[:end], rows_D[end:], written[end:])
 
     def _encode_targets(
         self, items: DistinctItems, bank: _BankRows | None, step: int

@@ -52,7 +52,9 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
 }
-_SPLITTABLE = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value, ShardingType.COLUMN_WISE.value)
+_AUTO = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value)
+"""What the planner may choose from by itself. Under column-wise sharding row-wise Adagrad keeps a state for each column
+shard, so results would depend on the number of ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +97,14 @@ class _CpuBagSharder(EmbeddingBagCollectionSharder):
     """TorchRec's sharder offers only table-wise and column-wise on CPU, though row-wise works there as well."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        return list(_SPLITTABLE)
+        return [*_AUTO, ShardingType.COLUMN_WISE.value]
 
 
 class _CpuSequenceSharder(EmbeddingCollectionSharder):
     """As above, for sequence embeddings."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        return list(_SPLITTABLE)
+        return [*_AUTO, ShardingType.COLUMN_WISE.value]
 
 
 def _sharders(device: str) -> list[ModuleSharder[nn.Module]]:
@@ -117,7 +119,7 @@ def _constraints(model: EM3Model, config: Config, device: str) -> dict[str, Para
     Data parallel is never offered: such a table ignores the fused optimizer, and its sequence form fails on CPU.
     """
     asked = config.embeddings.sharding
-    types = list(_SPLITTABLE) if asked == "auto" else [asked]
+    types = list(_AUTO) if asked == "auto" else [asked]
     kernels = [EmbeddingComputeKernel.FUSED.value]
     if device == "cuda":
         kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)

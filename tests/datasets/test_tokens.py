@@ -218,3 +218,10 @@ def test_modalities_of_different_catalogues_are_refused(tmp_path: Path) -> None:
     write_tokens(tmp_path / "other", NumberEncoder(NoOptions()), ["", "7", "8"])
     with pytest.raises(DataError, match="modalities differ in rows"):
         TokenStore(tmp_path)
+
+
+def test_the_present_flag_rules_over_the_length(tmp_path: Path) -> None:
+    write_numbers(tmp_path, ["", "777", "888"])
+    np.save(tmp_path / "text" / "present.npy", np.array([False, True, False]))
+    valid = TokenStore(tmp_path).fetch(torch.arange(3))["text"].valid_UT
+    assert valid.sum(1).tolist() == [0, 3, 0]

@@ -86,7 +86,9 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
     loss, output = model(batch([1, 2, 3], [[3], [], [4, 5]]))
     terms = output.metrics
     assert float(terms["alignment_loss"]) > 0
-    assert float(loss.detach()) == pytest.approx(float(terms["rank_loss"]) + 0.25 * float(terms["alignment_loss"]), rel=1e-6)
+    assert float(loss.detach()) == pytest.approx(
+        float(terms["rank_loss"]) + 0.25 * float(terms["alignment_loss"]), rel=1e-6
+    )
 
 
 def test_rows_of_weight_zero_do_not_count() -> None:
@@ -173,7 +175,7 @@ def test_evaluation_encodes_every_target() -> None:
 
 @pytest.mark.parametrize("history", ["none", "lora_qformer", "shared"])
 def test_a_fraction_needs_a_bank(history: str) -> None:
-    with pytest.raises(ConfigError, match="use 1 or --model.history cache"):
+    with pytest.raises(ConfigError, match=r"use 1 or --model\.history cache"):
         build(encode_fraction=0.5, history=history)
 
 

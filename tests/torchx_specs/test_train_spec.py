@@ -4,10 +4,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-from torchrec_em3.torchx_specs import train
 from torchx.components.component_test_base import ComponentTestCase
 from torchx.runner import get_runner
 from torchx.specs import AppDef
+
+from torchrec_em3.torchx_specs import train
 
 FILE = Path(train.__file__)
 TRAINING = ["--config", "configs/movielens.yaml", "--data", "my data", "--run", "runs/a"]
