@@ -58,7 +58,9 @@ setup(
         "tqdm",
         "tensorboard",
         "jinja2",
-        "matplotlib",
+        "pyyaml",
+        "scipy",
+        "psutil",
     ],
     extras_require={
         "launch": ["torchx>=0.7,<0.8"],

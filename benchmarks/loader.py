@@ -43,4 +43,4 @@ def main(data: str = "", batch_size: int = 4096, max_history: int = 50, steps: i
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    auto_cli(main, as_positional=False)

@@ -139,4 +139,4 @@ def _mean_and_deviation(values: np.ndarray, sign: str = "") -> str:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    auto_cli(main, as_positional=False)

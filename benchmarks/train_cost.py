@@ -134,4 +134,4 @@ def _print(trainings: dict[str, _Training]) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    auto_cli(main, as_positional=False)

@@ -71,6 +71,38 @@ def site_paths() -> list[str]:
     return [path for path in sys.path if "site-packages" in path]
 
 
+def test_torchrun_lets_every_option_of_train_through() -> None:
+    """torchrun's parser refuses what abbreviates two of its own options, even behind the module's name."""
+    from torch.distributed.run import get_args_parser
+
+    options = [
+        "--config",
+        "c",
+        "--data",
+        "d",
+        "--run_folder",
+        "r",
+        "--seed",
+        "1",
+        "--resume",
+        "--overwrite",
+        "--plugins",
+        "p",
+    ]
+    options += [
+        "--model.content",
+        "none",
+        "--train.epochs",
+        "1",
+        "--loader.batch_size",
+        "8",
+        "--embeddings.sharding",
+        "auto",
+    ]
+    parsed = get_args_parser().parse_args(["--nproc_per_node", "2", "-m", "torchrec_em3", "train", *options])
+    assert parsed.training_script_args == ["train", *options]
+
+
 @pytest.mark.slow
 def test_torchrun_launches_the_module(tmp_path: Path) -> None:
     command = [

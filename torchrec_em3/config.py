@@ -138,7 +138,7 @@ class Config:
     data: str = ""
     """Prepared folder (see `em3 prepare`)."""
     run: str = ""
-    """Run folder to write."""
+    """Run folder to write; under torchrun say --run_folder, because torchrun takes --run for an option of its own."""
     seed: int = 0
     """Seed of the initial weights, the order of rows and everything else that is random."""
     plugins: str = ""

@@ -103,7 +103,7 @@ def parse_config(
         extend(parser)
     parser.add_class_arguments(Config)
     parser.epilog = "Options of parts: see `em3 parts`."
-    values = parser.parse(arguments)
+    values = parser.parse([re.sub(r"^--run_folder(?==|$)", "--run", argument) for argument in arguments])
     config = resolve_parts(_as_config(parser, values))
     if values.print_config:
         sys.stdout.write(dump_config(config))

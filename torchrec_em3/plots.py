@@ -1,7 +1,7 @@
-"""Charts as inline SVG: they follow the page's colours in light and dark, and every mark names its value when pointed at.
+"""Charts as inline SVG: they follow the page's colours in light and dark, and marks name their values when pointed at.
 
-Colours are classes (`s0` to `s7` for series, `k0` to `k7` for categories), so the page's style sheet chooses them. Series
-also differ in dashes and categories in shapes, so that nothing rests on colour alone. All texts are escaped.
+Colours are classes (`s0` to `s7` for series, `k0` to `k7` for categories), so the page's style sheet chooses them.
+Series also differ in dashes and categories in shapes, so that nothing rests on colour alone. All texts are escaped.
 """
 
 import math
@@ -17,6 +17,7 @@ __all__ = [
     "Dot",
     "Line",
     "bar_chart",
+    "dot_outline",
     "line_chart",
     "map_chart",
     "reliability_chart",
@@ -24,9 +25,9 @@ __all__ = [
 ]
 
 COLOURS = 8
-WIDTH, HEIGHT = 360.0, 230.0
-LEFT, RIGHT, TOP, BOTTOM = 50.0, 10.0, 12.0, 40.0
-MAP_SIZE = 340.0
+WIDTH, HEIGHT = 330.0, 220.0
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 8.0, 10.0, 42.0
+MAP_SIZE = 330.0
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
 
@@ -87,6 +88,14 @@ class _Axes:
         low, high = self._y
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
+    @property
+    def bottom(self) -> float:
+        return self._y[0]
+
+    def level(self, value: float) -> str:
+        y = self.py(value)
+        return f'<line class="axis" x1="{LEFT:.0f}" x2="{WIDTH - RIGHT:.0f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+
     def frame(self, x_title: str, y_title: str, x_ticks: Iterable[tuple[float, str]]) -> Iterator[str]:
         right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
         for value, text in _labelled(_ticks(*self._y, 5)):
@@ -94,12 +103,11 @@ class _Axes:
             yield f'<line class="grid" x1="{LEFT:.0f}" x2="{right:.0f}" y1="{y:.1f}" y2="{y:.1f}"/>'
             yield f'<text class="tick" x="{LEFT - 5:.0f}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>'
         for value, text in x_ticks:
-            yield f'<text class="tick" x="{self.px(value):.1f}" y="{bottom + 14:.0f}" text-anchor="middle">{text}</text>'
-        yield f'<line class="axis" x1="{LEFT:.0f}" x2="{right:.0f}" y1="{bottom:.0f}" y2="{bottom:.0f}"/>'
+            yield _centred("tick", self.px(value), bottom + 14, text)
         middle = TOP + (bottom - TOP) / 2
-        yield f'<text class="title" x="{(LEFT + right) / 2:.0f}" y="{HEIGHT - 6:.0f}" text-anchor="middle">{escape(x_title)}</text>'
+        yield _centred("title", (LEFT + right) / 2, HEIGHT - 6, x_title)
         yield (
-            f'<text class="title" transform="translate(11 {middle:.0f}) rotate(-90)" text-anchor="middle">'
+            f'<text class="title" transform="translate(10 {middle:.0f}) rotate(-90)" text-anchor="middle">'
             f"{escape(y_title)}</text>"
         )
 
@@ -113,6 +121,7 @@ def line_chart(lines: Sequence[Line], x_title: str, y_title: str) -> Markup:
     ys = [value for line in drawn for value in line.y]
     axes = _Axes(_padded(min(xs), max(xs), 0.0), _padded(min(ys), max(ys), 0.05))
     parts = list(axes.frame(x_title, y_title, _labelled(_ticks(*_padded(min(xs), max(xs), 0.0), 4))))
+    parts.append(axes.level(axes.bottom))
     for line in drawn:
         points = [(axes.px(x), axes.py(y)) for x, y in zip(line.x, line.y, strict=True)]
         parts.append(_polyline(points, line))
@@ -125,13 +134,14 @@ def line_chart(lines: Sequence[Line], x_title: str, y_title: str) -> Markup:
     return _svg(parts, WIDTH, HEIGHT, f"{y_title} over {x_title}")
 
 
-def bar_chart(groups: Sequence[BarGroup], y_title: str, base: float, digits: int = 4) -> Markup:
+def bar_chart(groups: Sequence[BarGroup], y_title: str, base: float, x_title: str = "", digits: int = 4) -> Markup:
     """Draw groups of bars that grow from `base`, up or down; marks are short lines across their group.
 
     Args:
         groups: From left to right.
         y_title: Title of the value axis.
         base: Level with a meaning of its own from which the bars are drawn, for example 0, or 0.5 for an AUC.
+        x_title: Title of the groups, in place of notes.
         digits: Decimals in the names of the bars.
     """
     levels = [bar.value for group in groups for bar in group.bars if bar.value is not None]
@@ -140,16 +150,12 @@ def bar_chart(groups: Sequence[BarGroup], y_title: str, base: float, digits: int
         return Markup("")
     low, high = _padded(min(base, *levels), max(base, *levels), 0.06)
     axes = _Axes((0.0, float(len(groups))), (base if min(levels) >= base else low, high))
-    names = [(i + 0.5, str(escape(group.name))) for i, group in enumerate(groups)]
-    parts = list(axes.frame("", y_title, names))
+    names = [(i + 0.5, group.name) for i, group in enumerate(groups)]
+    parts = list(axes.frame(x_title, y_title, names))
     for i, group in enumerate(groups):
-        parts.append(
-            f'<text class="tick" x="{axes.px(i + 0.5):.1f}" y="{HEIGHT - BOTTOM + 28:.0f}" text-anchor="middle">'
-            f"{escape(group.note)}</text>"
-        )
+        parts.append(_centred("tick", axes.px(i + 0.5), HEIGHT - BOTTOM + 27, group.note))
         parts += _bars(axes, group, i, base, digits)
-    y = axes.py(base)
-    parts.append(f'<line class="axis" x1="{LEFT:.0f}" x2="{WIDTH - RIGHT:.0f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    parts.append(axes.level(base))
     return _svg(parts, WIDTH, HEIGHT, y_title)
 
 
@@ -161,7 +167,7 @@ def reliability_chart(lines: Sequence[Line]) -> Markup:
     top = min(1.0, 1.05 * max(values)) or 1.0
     axes = _Axes((0.0, top), (0.0, top))
     ticks = _labelled(_ticks(0.0, top, 5))
-    parts = list(axes.frame("mean predicted probability", "share of positives", ticks))
+    parts = [*axes.frame("mean predicted probability", "share of positives", ticks), axes.level(0.0)]
     ends = (axes.px(0), axes.py(0), axes.px(top), axes.py(top))
     parts.append('<line class="diagonal" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>'.format(*ends))
     for line in lines:
@@ -184,7 +190,7 @@ def map_chart(dots: Sequence[Dot], title: str) -> Markup:
     span = MAP_SIZE - 16.0
     # Hollow dots last, on top: they are the few that the map is about.
     for dot in sorted(dots, key=lambda dot: dot.hollow):
-        shape = _shape(dot.category, 8.0 + dot.x * span, 8.0 + dot.y * span)
+        shape = dot_outline(dot.category, 8.0 + dot.x * span, 8.0 + dot.y * span)
         hollow = " hollow" if dot.hollow else ""
         parts.append(
             f'<path class="dot k{dot.category % COLOURS}{hollow}" d="{shape}"><title>{escape(dot.title)}</title></path>'
@@ -205,6 +211,10 @@ def _svg(parts: Iterable[str], width: float, height: float, title: str) -> Marku
     return Markup(head + "".join(parts) + "</svg>")
 
 
+def _centred(kind: str, x: float, y: float, text: str) -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{escape(text)}</text>'
+
+
 def _padded(low: float, high: float, share: float) -> tuple[float, float]:
     if high <= low:
         room = abs(low) * 0.05 or 0.5
@@ -216,7 +226,7 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     """Return round numbers in [low, high], about `count` of them."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= raw * 0.999)
+    step = next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= raw * 0.9)
     first = math.ceil(low / step - 1e-9)
     return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -231,7 +241,7 @@ def _labelled(ticks: Sequence[float]) -> list[tuple[float, str]]:
 
 
 def _polyline(points: Sequence[tuple[float, float]], line: Line) -> str:
-    dash = DASHES[line.series // COLOURS % len(DASHES)] or ("", "5 2")[line.series % 2]
+    dash = DASHES[line.series // COLOURS % len(DASHES)] or ("4 2.5", "")[line.series % 2]
     coordinates = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return (
         f'<polyline class="s{line.series % COLOURS} stroke" stroke-dasharray="{dash}" points="{coordinates}">'
@@ -248,11 +258,9 @@ def _bars(axes: _Axes, group: BarGroup, place: int, base: float, digits: int) ->
         x = place + 0.08 + j * width
         left, right = axes.px(x), axes.px(x + width * 0.92)
         top, bottom = sorted((axes.py(bar.value), axes.py(base)))
-        yield (
-            f'<rect class="s{bar.series % COLOURS} fill{faint}" x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
-            f'height="{max(bottom - top, 0.5):.1f}"><title>{escape(bar.label)}, {escape(group.name)}: '
-            f"{bar.value:.{digits}f}</title></rect>"
-        )
+        box = f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{max(bottom - top, 0.5):.1f}"'
+        name = f"{bar.label}, {group.name}: {bar.value:.{digits}f}"
+        yield f'<rect class="s{bar.series % COLOURS} fill{faint}" {box}><title>{escape(name)}</title></rect>'
     if group.mark is not None:
         y = axes.py(group.mark)
         yield (
@@ -261,7 +269,7 @@ def _bars(axes: _Axes, group: BarGroup, place: int, base: float, digits: int) ->
         )
 
 
-def _shape(category: int, x: float, y: float) -> str:
+def dot_outline(category: int, x: float, y: float) -> str:
     """Return the outline of a dot: circle, square, triangle or diamond by turns."""
     if category % 4 == 0:
         return f"M{x - 2.6:.1f} {y:.1f}a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0 -5.2 0z"

@@ -54,8 +54,13 @@ class SliceComparison:
 
     @property
     def closed_share(self) -> float | None:
-        """Share of the way from the first model to the best attainable AUC that the second has gone."""
-        if self.difference is None or self.first is None or self.attainable is None or self.attainable <= self.first:
+        """Share of the way from the first model to the best attainable AUC that the second has gone.
+
+        None where the attainable AUC is not known, is no better than the first model's, or rests on few rows.
+        """
+        if self.difference is None or self.first is None or self.attainable is None:
+            return None
+        if small_slice(self.n) or self.attainable <= self.first:
             return None
         return self.difference / (self.attainable - self.first)
 

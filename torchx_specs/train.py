@@ -52,7 +52,8 @@ def ddp(
     """
     return dist.ddp(
         "train",
-        *("--config", config, "--data", data, "--run", run),
+        # torchrun's own parser stops at --run, which it takes for an abbreviation of --run-path.
+        *("--config", config, "--data", data, "--run_folder", run),
         *(() if seed is None else ("--seed", str(seed))),
         *(("--resume",) if resume else ()),
         *script_args,

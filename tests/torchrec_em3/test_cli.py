@@ -94,6 +94,14 @@ def test_print_config_is_a_valid_config_with_all_options(tmp_path: Path, capsys:
     assert capsys.readouterr().out == printed
 
 
+@pytest.mark.parametrize("flag", [["--run_folder", "there"], ["--run_folder=there"], ["--run", "there"]])
+def test_the_run_folder_has_a_name_that_torchrun_lets_through(
+    flag: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert em3("train", *flag, "--print_config") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["run"] == "there"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_presets_are_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert em3("train", "--config", str(path), "--print_config") == 0

@@ -12,6 +12,7 @@ from torchrec_em3.torchx_specs import train
 
 FILE = Path(train.__file__)
 TRAINING = ["--config", "configs/movielens.yaml", "--data", "my data", "--run", "runs/a"]
+FORWARDED = ["--run_folder" if word == "--run" else word for word in TRAINING]
 
 
 class TrainSpecTest(ComponentTestCase):
@@ -43,14 +44,14 @@ def option(app: AppDef, name: str) -> str:
 def test_arguments_are_forwarded_exactly():
     extra = ["--model.content", "none", "--model.content_options.note", "a b; $HOME 'q'"]
     app, _ = component("ddp", ["-j", "1x2", *TRAINING, "--seed", "3", "--", *extra])
-    assert worker_arguments(app) == ["train", *TRAINING, "--seed", "3", *extra]
+    assert worker_arguments(app) == ["train", *FORWARDED, "--seed", "3", *extra]
     assert option(app, "--nproc_per_node") == "2"
     assert option(app, "--nnodes") == "1"
 
 
 def test_defaults_leave_the_preset_in_charge():
     app, _ = component("ddp", TRAINING)
-    assert worker_arguments(app) == ["train", *TRAINING]
+    assert worker_arguments(app) == ["train", *FORWARDED]
     assert app.roles[0].env["OMP_NUM_THREADS"] == "1"
     assert "PET_MAX_RESTARTS" not in app.roles[0].env
     assert app.roles[0].max_retries == 0
@@ -63,12 +64,12 @@ def test_retries_set_both_restart_variables():
     assert role.env["PET_MAX_RESTARTS"] == "4"
     assert role.env["OMP_NUM_THREADS"] == "2"
     assert role.max_retries == 4
-    assert worker_arguments(app) == ["train", *TRAINING]
+    assert worker_arguments(app) == ["train", *FORWARDED]
 
 
 def test_resume_is_a_flag():
     assert worker_arguments(component("ddp", [*TRAINING, "--resume", "true"])[0]) == ["train", *TRAINING, "--resume"]
-    assert worker_arguments(component("ddp", [*TRAINING, "--resume", "false"])[0]) == ["train", *TRAINING]
+    assert worker_arguments(component("ddp", [*TRAINING, "--resume", "false"])[0]) == ["train", *FORWARDED]
 
 
 @pytest.mark.parametrize("scheduler", ["local_cwd", "slurm"])

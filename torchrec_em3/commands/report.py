@@ -13,9 +13,7 @@ DESCRIPTION = "Compare runs side by side in one HTML file that needs no network.
 def main(arguments: Sequence[str]) -> None:
     """Run `em3 report`."""
     parser = CommandParser("report", DESCRIPTION)
-    parser.add_argument(
-        "runs", nargs="+", type=str, help="Run folders; the first is what the others are compared with."
-    )
+    parser.add_argument("runs", nargs="+", type=str, help="Run folders; EM3 runs are compared with ID-only ones.")
     parser.add_argument(
         "--out", type=str, default="", help="File to write; report.html beside the first run by default."
     )

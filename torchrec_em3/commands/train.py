@@ -1,11 +1,13 @@
 """`em3 train`: plan, shard, train, evaluate the best checkpoint once on the test split."""
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torchrec_em3.build import build_sharded, open_data
+from torchrec_em3.checkpoint import CheckpointFolder
 from torchrec_em3.config import Config
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.evaluate import evaluate_split, save_embeddings
@@ -25,7 +27,13 @@ def main(arguments: Sequence[str]) -> None:
     config, values = parse_config("train", DESCRIPTION, arguments, _add_arguments)
     with process_group() as ranks:
         configure_logging(ranks.is_first)
-        train(config, ranks, resume=values.resume, overwrite=values.overwrite)
+        resume, overwrite = values.resume, values.overwrite
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+            # torchrun starts the gang again with the same arguments after a failure: go on, or begin anew if nothing
+            # is saved.
+            resume = ranks.broadcast(bool(CheckpointFolder(Path(config.run) / "checkpoints", ranks).steps()))
+            overwrite = not resume
+        train(config, ranks, resume=resume, overwrite=overwrite)
 
 
 def _add_arguments(parser: CommandParser) -> None:

@@ -1,0 +1,107 @@
+"""Run folders to one self-contained HTML page: what content changed, and everything needed to judge it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+
+from torchrec_em3 import __version__
+from torchrec_em3.datasets.prepared import PreparedData
+from torchrec_em3.errors import DataError
+from torchrec_em3.number_format import FILTERS
+from torchrec_em3.plots import dot_outline
+from torchrec_em3.report_maps import embedding_maps
+from torchrec_em3.report_sections import (
+    config_differences,
+    curves,
+    data_summaries,
+    plans,
+    reliability,
+    run_rows,
+    slices,
+    version_rows,
+)
+from torchrec_em3.run_record import RunRecord, read_records
+from torchrec_em3.verdict import compare
+
+__all__ = ["write_report"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(runs: Sequence[Path], out: Path, data_folder: Path | None = None) -> Path:
+    """Write a page that compares runs; it needs neither network nor scripts.
+
+    Whatever a run lacks, because it was stopped or is older, becomes a sentence on the page.
+
+    Args:
+        runs: Run folders, in the order of the page. ID-only runs are what the others are compared with.
+        out: HTML file to write, in place of any that is there.
+        data_folder: Prepared folder of all runs, if it is not where they were trained on it.
+
+    Returns:
+        `out`.
+
+    Raises:
+        DataError: If a folder is not a run folder, or `data_folder` is given and not a prepared folder.
+    """
+    records = read_records(runs)
+    data, unread = _open_data(records, data_folder)
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            version=__version__,
+            records=records,
+            comparisons=compare(records, data),
+            rows=run_rows(records),
+            slices=slices(records),
+            curves=curves(records),
+            reliability=reliability(records),
+            maps=embedding_maps(records, data),
+            plans=plans(records),
+            data=data_summaries(data),
+            unread=unread,
+            differences=config_differences(records),
+            versions=version_rows(records),
+        )
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, out)
+    return out
+
+
+def _open_data(
+    records: Sequence[RunRecord], data_folder: Path | None
+) -> tuple[Mapping[str, PreparedData], Mapping[str, str]]:
+    """Return the prepared folder of each run that can be opened, and why not for each other, by name of the run."""
+    if data_folder is not None:
+        given = PreparedData.open(data_folder)
+        return dict.fromkeys((record.name for record in records), given), {}
+    opened: dict[str, PreparedData] = {}
+    unread: dict[str, str] = {}
+    for record in records:
+        try:
+            if record.data_folder is None:
+                raise DataError("the run's config names no prepared folder")
+            same = (data for data in opened.values() if data.folder == record.data_folder)
+            opened[record.name] = next(same, None) or PreparedData.open(record.data_folder)
+        except DataError as error:
+            unread[record.name] = str(error)
+    return opened, unread
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(FILTERS)
+    environment.globals["shape"] = dot_outline
+    return environment
