@@ -9,6 +9,7 @@ the validation split; the test split of each run is read once, after its checkpo
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,23 +74,15 @@ def _run(folder: Path, split: str, model: str, seed: int) -> Path:
     return folder / split / f"{model.lower().replace(' ', '-')}-{seed}"
 
 
-def _command(arguments: list[str]) -> list[str]:
-    return [sys.executable, "-m", "torchrec_em3", *arguments]
-
-
 def _em3(*arguments: str) -> None:
-    subprocess.run(_command(list(arguments)), check=True)
+    subprocess.run([sys.executable, "-m", "torchrec_em3", *arguments], check=True)
 
 
 def _in_parallel(commands: list[list[str]], jobs: int) -> None:
-    """Run the commands, `jobs` at a time; stop at the first that fails."""
-    running: list[subprocess.Popen[bytes]] = []
-    while commands or running:
-        while commands and len(running) < jobs:
-            running.append(subprocess.Popen(_command(commands.pop(0))))
-        done = running.pop(0)
-        if done.wait():
-            raise SystemExit(f"{' '.join(map(str, done.args))} ended with exit code {done.returncode}")
+    """Run the commands, `jobs` at a time; raise if one failed."""
+    with ThreadPoolExecutor(jobs) as pool:
+        for _ in pool.map(lambda arguments: _em3(*arguments), commands):
+            pass
 
 
 def _summaries(folder: Path, split: str, model: str, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -100,8 +93,8 @@ def _summaries(folder: Path, split: str, model: str, seeds: tuple[int, ...]) -> 
 def _heading(name: str, seeds: tuple[int, ...]) -> str:
     return (
         f"# {name}: ID-only DIN and EM3\n\n"
-        f"Test split, mean and standard deviation over {len(seeds)} seeds; AUC by the number of training rows of the item. "
-        "Same config, same number of epochs at most, early stopping on validation AUC. Printed by\n\n"
+        f"Test split, mean and standard deviation over {len(seeds)} seeds; "
+        "AUC by the number of training rows of the item. Same config, same number of epochs at most, early stopping on validation AUC. Printed by\n\n"
         f"```\npython {' '.join(sys.argv)}\n```\n\n"
     )
 
@@ -114,8 +107,9 @@ def _section(folder: Path, split: str, seeds: tuple[int, ...]) -> str:
     counts = meta["counts"]
     lines = [
         f"## Split `{split}`\n",
-        f"{counts['users']} users, {counts['items']} items; train {counts['train']}, validation {counts['validation']}, "
-        f"test {counts['test']} rows; test rows by slice: " + ", ".join(f"{key}: {slices[key]['n']}" for key in slices),
+        f"{counts['users']} users, {counts['items']} items; "
+        f"train {counts['train']}, validation {counts['validation']}, test {counts['test']} rows; test rows by slice: "
+        + ", ".join(f"{key}: {slices[key]['n']}" for key in slices),
         "",
         "| | " + " | ".join(COLUMNS) + " | CPU s per 1,000 |",
         "|---|" + "---|" * (len(COLUMNS) + 1),

@@ -43,7 +43,7 @@ class ContentTower(Protocol):
     """
 
     def __call__(self, tokens: Mapping[str, ModalityTokens]) -> Tensor:
-        """Return content_UD, finite for every row, also for an item without any modality; invalid tokens must not matter."""
+        """Return content_UD, finite also for an item without any modality, and blind to invalid tokens."""
         ...
 
 
