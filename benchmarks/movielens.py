@@ -94,7 +94,8 @@ def _heading(name: str, seeds: tuple[int, ...]) -> str:
     return (
         f"# {name}: ID-only DIN and EM3\n\n"
         f"Test split, mean and standard deviation over {len(seeds)} seeds; "
-        "AUC by the number of training rows of the item. Same config, same number of epochs at most, early stopping on validation AUC. Printed by\n\n"
+        "AUC by the number of training rows of the item. Same config, same number of epochs at most, "
+        "early stopping on validation AUC. Printed by\n\n"
         f"```\npython {' '.join(sys.argv)}\n```\n\n"
     )
 

@@ -55,6 +55,11 @@ def train_steps(config: Config, world_size: int) -> dict[str, Any]:
         for name, value in sharded.module.state_dict().items():
             if isinstance(value, ShardedTensor) and "table" in name:
                 set_by_row(value)
+        for group in sharded.optimizer.param_groups:
+            if (
+                "eps" in group
+            ):  # Adam turns the rounding of a gradient that should be 0 into a whole step; not with this one
+                group["eps"] = 1e-3
         stream = BatchStream(
             data,
             "train",
@@ -116,15 +121,14 @@ def test_two_ranks_equal_one(gangs: tuple[Gang, Gang], tiny_data: Path, sharding
     config = config_for(tiny_data, sharding, content=content)
     one = gangs[0].run(train_steps, config, 1)
     two = gangs[1].run(train_steps, config, 2)
-    assert np.mean([rank["loss"] for rank in two], axis=0) == pytest.approx(one[0]["loss"], rel=1e-5)
-    assert np.mean([rank["alignment"] for rank in two], axis=0) == pytest.approx(one[0]["alignment"], rel=1e-5)
+    assert np.mean([rank["loss"] for rank in two], axis=0) == pytest.approx(one[0]["loss"], rel=1e-6)
+    assert np.mean([rank["alignment"] for rank in two], axis=0) == pytest.approx(one[0]["alignment"], rel=1e-6)
     expected, found = whole(one), whole(two)
     assert expected.keys() == found.keys()
     for name, table in expected.items():
         np.testing.assert_allclose(found[name], table, rtol=1e-4, atol=2e-6, err_msg=name)
     for name, weight in one[0]["dense"].items():
-        # Adam divides by the root of tiny squared gradients, so rounding is amplified where a gradient is almost zero.
-        np.testing.assert_allclose(two[0]["dense"][name], weight, rtol=1e-3, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(two[0]["dense"][name], weight, rtol=1e-4, atol=2e-6, err_msg=name)
         np.testing.assert_array_equal(two[0]["dense"][name], two[1]["dense"][name], err_msg=name)
     if content != "none":
         assert any("pool" in name for name in expected), "the bank is compared too"

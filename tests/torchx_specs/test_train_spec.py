@@ -68,7 +68,7 @@ def test_retries_set_both_restart_variables():
 
 
 def test_resume_is_a_flag():
-    assert worker_arguments(component("ddp", [*TRAINING, "--resume", "true"])[0]) == ["train", *TRAINING, "--resume"]
+    assert worker_arguments(component("ddp", [*TRAINING, "--resume", "true"])[0]) == ["train", *FORWARDED, "--resume"]
     assert worker_arguments(component("ddp", [*TRAINING, "--resume", "false"])[0]) == ["train", *FORWARDED]
 
 
