@@ -29,7 +29,7 @@ lint: $(STAMP)
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m ruff format --check $(SOURCES)
 	rm -rf $(TYPING) && mkdir -p $(TYPING)/torchrec_em3
-	ln -s $(addprefix $(CURDIR)/,$(wildcard torchrec_em3/*) components datasets torchx_specs) $(TYPING)/torchrec_em3/
+	@ln -s $(addprefix $(CURDIR)/,$(wildcard torchrec_em3/*) components datasets torchx_specs) $(TYPING)/torchrec_em3/
 	cd $(TYPING) && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml
 
 install: $(STAMP)

@@ -86,7 +86,7 @@ def _find_ratings(source: Path, ratings: Path | None) -> Path:
         if not path.is_file():
             raise DataError(f"{path}: no such ratings file; give its name in {source} or its absolute path")
         return path
-    found = [path for pattern in _RATINGS_FILES if (path := find_file(source, pattern))]
+    found = [match for pattern in _RATINGS_FILES if (match := find_file(source, pattern))]
     if len(found) == 1:
         return found[0]
     if found:
