@@ -135,6 +135,18 @@ def test_two_ranks_equal_one(gangs: tuple[Gang, Gang], tiny_data: Path, sharding
         assert min(one[0]["alignment"]) > 0
 
 
+@pytest.mark.parametrize("content", ["fusion_qformer", "concat"])
+@pytest.mark.parametrize("history", ["lora_qformer", "shared", "none"])
+def test_other_parts_run_on_two_ranks_as_on_one(
+    gangs: tuple[Gang, Gang], tiny_data: Path, content: str, history: str
+) -> None:
+    """DDP also refuses parameters that a step leaves unused."""
+    config = config_for(tiny_data, "row_wise", content=content, history=history)
+    one = gangs[0].run(train_steps, config, 1)
+    two = gangs[1].run(train_steps, config, 2)
+    assert np.mean([rank["loss"] for rank in two], axis=0) == pytest.approx(one[0]["loss"], rel=1e-6)
+
+
 def test_tables_learn(gangs: tuple[Gang, Gang], tiny_data: Path) -> None:
     """The comparison above would also pass if nothing were trained."""
     config = config_for(tiny_data, "row_wise")
