@@ -47,12 +47,15 @@ def _parse(
     parser.add_argument("--out", type=str, required=True, help="Prepared folder to write.")
     parser.add_argument("--plugins", type=str, default="", help="Modules that register your own encoders.")
     parser.add_argument("--overwrite", action="store_true", help="Replace a prepared folder that is there already.")
-    parser.add_class_arguments(PrepareOptions, skip={"overwrite"})
+    # Simulated clicks are labels already; a threshold on them would make every row negative.
+    skipped = {"overwrite", "label_threshold"} if source == "simulated" else {"overwrite"}
+    parser.add_class_arguments(PrepareOptions, skip=skipped)
     values = parser.parse(arguments)
     load_builtin_parts()
     load_plugins(values.plugins)
     built = parser.build(values)
-    return built, PrepareOptions(**{name: getattr(built, name) for name in PrepareOptions.__dataclass_fields__})
+    chosen = {name: getattr(built, name, None) for name in PrepareOptions.__dataclass_fields__}
+    return built, PrepareOptions(**chosen)
 
 
 def _movielens(arguments: Sequence[str]) -> None:
