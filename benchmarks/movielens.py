@@ -66,6 +66,7 @@ def main(
                     commands.append(["train", *arguments, "--overwrite", *overrides])
     _in_parallel(commands, jobs)
     text = "\n".join(_section(folder, split, seeds) for split in SPLITS)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text(_heading(name, seeds) + text, encoding="utf-8")
     print(text)
 

@@ -34,8 +34,6 @@ def main(arguments: Sequence[str]) -> None:
         "--catalogue.seed",
         seed,
         "--overwrite",
-        "--label_threshold",
-        "null",
     )
     for name, overrides in RUNS.items():
         print(f"\n--- {name} ---", flush=True)
