@@ -27,7 +27,7 @@ def main(data: str = "", batch_size: int = 4096, max_history: int = 50, steps: i
         path = (
             Path(data)
             if data
-            else write_synthetic(Path(folder) / "data", num_users=20_000, num_items=50_000, num_events=1_500_000)
+            else write_synthetic(Path(folder) / "data", num_users=5_000, num_items=50_000, num_events=1_500_000)
         )
         stream = BatchStream(PreparedData.open(path), "train", batch_size=batch_size, max_history=max_history)
         read, rows = 0, 0

@@ -7,6 +7,7 @@ the validation split; the test split of each run is read once, after its checkpo
 """
 
 import json
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -97,7 +98,7 @@ def _heading(name: str, seeds: tuple[int, ...]) -> str:
         f"Test split, mean and standard deviation over {len(seeds)} seeds; "
         "AUC by the number of training rows of the item. Same config, same number of epochs at most, "
         "early stopping on validation AUC. Printed by\n\n"
-        f"```\npython {' '.join(sys.argv)}\n```\n\n"
+        f"```\npython {shlex.join(sys.argv)}\n```\n\n"
     )
 
 

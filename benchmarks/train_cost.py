@@ -23,6 +23,7 @@ from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig
 from torchrec_em3.datasets.loader import BatchStream
 from torchrec_em3.datasets.prepared import PreparedData
+from torchrec_em3.evaluate import refresh_bank
 from torchrec_em3.parsing import resolve_parts
 from torchrec_em3.process_group import Ranks, process_group
 from torchrec_em3.train import CheckedPipeline
@@ -38,7 +39,9 @@ class _Training:
         self._stream = BatchStream(
             data, "train", batch_size=config.loader.batch_size, max_history=config.loader.max_history
         )
-        self._pipeline = CheckedPipeline(build_sharded(config, data, ranks), ranks)
+        sharded = build_sharded(config, data, ranks)
+        refresh_bank(sharded, ranks)  # as after an epoch: otherwise every target would still have to be encoded
+        self._pipeline = CheckedPipeline(sharded, ranks)
         self._batches = self._endless()
         self.seconds_per_1k: list[float] = []
 
@@ -61,10 +64,10 @@ def main(
     embedding_dim: int = 64,
     hidden: tuple[int, ...] = (1024, 512, 256),
     history: str = "cache",
-    encode_fraction: float = 1.0,
+    encode_fraction: float = 0.25,
     rounds: int = 5,
     steps: int = 4,
-    num_users: int = 20_000,
+    num_users: int = 5_000,
     num_items: int = 50_000,
     num_events: int = 1_500_000,
 ) -> None:
