@@ -54,7 +54,7 @@ def _parse(
     load_builtin_parts()
     load_plugins(values.plugins)
     built = parser.build(values)
-    chosen = {name: getattr(built, name, None) for name in PrepareOptions.__dataclass_fields__}
+    chosen: dict[str, Any] = {name: getattr(built, name, None) for name in PrepareOptions.__dataclass_fields__}
     return built, PrepareOptions(**chosen)
 
 
