@@ -41,8 +41,9 @@ class UserEmbedding(nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Return the concatenated pooled embeddings [B, F * D] ; the keys must be the schema's user features."""
-        values: Tensor = self.tables(features).values()
-        return values
+        # By name: the order in which a sharded collection returns its features depends on the plan.
+        pooled = self.tables(features).to_dict()
+        return torch.cat([pooled[name] for name in self.names], dim=1)
 
 
 class ItemEmbedding(nn.Module):
