@@ -20,7 +20,7 @@ SCHEMA = FeatureSchema(user_features=FEATURES, item_rows=8, known_items=5)
 
 
 def pooled_on_ranks(places: tuple[int, ...]) -> list[float]:
-    """Shard the tables as `places` say, fill the k-th with k, and return which table each block of columns came from."""
+    """Shard the tables as `places` say, fill the k-th with k; return which table each block of columns came from."""
     users = UserEmbedding(SCHEMA, 4, torch.device("meta"))
     _apply_optimizer_in_backward(torch.optim.SGD, users.tables.parameters(), {"lr": 0.0})
     sharder = EmbeddingBagCollectionSharder()
