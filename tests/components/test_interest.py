@@ -159,4 +159,4 @@ def test_refuses_broken_options() -> None:
     with pytest.raises(ConfigError, match="widths"):
         TargetAttention(4, 4, (8, 0))
     with pytest.raises(ConfigError, match="normalize"):
-        TargetAttention(4, 4, (8,), "sigmoid")  # type: ignore[arg-type]
+        TargetAttention(4, 4, (8,), "sigmoid")

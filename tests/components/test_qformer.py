@@ -159,8 +159,12 @@ def test_adapters_leave_the_start_alone_and_act_in_evaluation(preset: str) -> No
             assert difference > 1e-4, f"the adapter of {name} does nothing with training={training}"
 
 
-def test_dropout_acts_in_training_only() -> None:
-    tower, tokens = build(dropout=0.5), random_tokens(8)
+@pytest.mark.parametrize(("preset", "silent"), [("full", "attention.output"), ("full", "ffn.2"), ("em3_public", None)])
+def test_dropout_acts_on_each_part_in_training_only(preset: str, silent: str | None) -> None:
+    tower, tokens = build(preset=preset, dropout=0.5), random_tokens(8)
+    if silent is not None:  # what is dropped must come from the other part
+        nn.init.zeros_(tower.blocks[0].get_submodule(silent).weight)
+    nn.init.normal_(tower.readout.weight)
     assert not torch.equal(tower(tokens), tower(tokens))
     assert torch.equal(tower.eval()(tokens), tower(tokens))
 

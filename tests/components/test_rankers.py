@@ -46,7 +46,7 @@ def test_refuses_by_name() -> None:
     with pytest.raises(ConfigError, match="dropout"):
         DinRankerOptions(dropout=1.0)
     with pytest.raises(ConfigError, match="activation"):
-        DinRankerOptions(activation="tanh")  # type: ignore[arg-type]
+        DinRankerOptions(activation="tanh")
     for block_dims in ({}, {"user": 0}):
         with pytest.raises(ConfigError, match="blocks of width"):
             DinRanker(DinRankerOptions(), block_dims)
