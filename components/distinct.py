@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["distinct"]
 
 BITMAP_ROWS_PER_ID = 64
-"""A bitmap over the table beats sorting the ids up to about this many table rows for each id (measured on CPU)."""
+"""Up to this many table rows for each id a bitmap over the table is used, beyond it sorting; chosen, not tuned."""
 
 
 def distinct(id_N: Tensor, table_rows: int) -> tuple[Tensor, Tensor]:

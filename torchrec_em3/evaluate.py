@@ -130,7 +130,7 @@ def evaluate_split(
 
 
 def _measure(predictions: Predictions, data: PreparedData, split: Split) -> dict[str, Any]:
-    probability = data.split_rows(split).get("probability")
+    probability = data.split_rows(split)["probability"] if data.meta["simulated"] else None
     metrics: dict[str, Any] = dict(ranking_metrics(predictions.label, predictions.logit, user=predictions.user))
     metrics["slices"] = sliced_metrics(
         predictions.label,
