@@ -5,14 +5,15 @@ model.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from PIL.Image import Image
 from torch import Tensor, nn
+from torch.nn import functional
 
 from torchrec_em3.batch import ModalityTokens
 
-__all__ = ["AlignmentLoss", "ContentTower", "HistoryContent", "ItemSource", "Ranker", "TokenEncoder"]
+__all__ = ["AlignmentLoss", "ContentTower", "HistoryContent", "HistoryItems", "ItemSource", "Ranker", "TokenEncoder"]
 
 
 class TokenEncoder(Protocol):
@@ -59,6 +60,30 @@ class ItemSource(Protocol):
         ...
 
 
+class HistoryItems(NamedTuple):
+    """The V distinct items of the batch's histories as rows and the linear map that makes vectors of them.
+
+    Keeping the two apart lets an attention that is linear in its keys apply the map after pooling.
+
+    Attributes:
+        rows_VD: One row an item, float.
+        valid_V: False for items to leave out, whatever their row holds; None means that all are valid.
+        weight_DD: An item's vector is `weight_DD @ row + bias_D`; None means that the rows are the vectors.
+        bias_D: See `weight_DD`.
+    """
+
+    rows_VD: Tensor
+    valid_V: Tensor | None = None
+    weight_DD: Tensor | None = None
+    bias_D: Tensor | None = None
+
+    def content(self) -> Tensor:
+        """Return the items' vectors [V, D]."""
+        if self.weight_DD is None:
+            return self.rows_VD
+        return functional.linear(self.rows_VD, self.weight_DD, self.bias_D)
+
+
 class HistoryContent(Protocol):
     """Content of history items; an `nn.Module`. Constructor `(options, tower, width)`.
 
@@ -67,8 +92,8 @@ class HistoryContent(Protocol):
 
     uses_bank: ClassVar[bool]
 
-    def __call__(self, source: ItemSource, tower: Any, projection: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Return content_VD in the space of `projection(tower(...))`, and valid_V (bool, False: leave the item out)."""
+    def __call__(self, source: ItemSource, tower: Any, projection: nn.Linear) -> HistoryItems:
+        """Return the items' content, in the space of `projection(tower(...))`, and which of them have any."""
         ...
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.content_bank import NEVER, ContentBank
-from torchrec_em3.components.interest import TargetAttention
+from torchrec_em3.components.interest import target_attention
 from torchrec_em3.config import NONE, ModelConfig
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.parts import build_part
@@ -57,14 +57,14 @@ class Content(NamedTuple):
     Attributes:
         blocks: Blocks [B, D] for the ranker, by name.
         target_UD: Content of the distinct targets.
-        present_U: Which of them have any content at all.
+        encoded_U: Which of them have content and were encoded in this step, so that a loss on it reaches the tower.
         metrics: Coverage of the bank (share of the history rows read that were ever written) and its staleness
             (cosine of cached and fresh rows of the targets just encoded).
     """
 
     blocks: dict[str, Tensor]
     target_UD: Tensor
-    present_U: Tensor
+    encoded_U: Tensor
     metrics: dict[str, Tensor]
 
 
@@ -95,8 +95,8 @@ class ContentPath(nn.Module):
     """Content of target and history items: tower, projection, bank, history adapter and their attention.
 
     With `encode_fraction` below 1 a training step encodes only that share of the distinct targets, drawn at random,
-    and takes the bank's rows for the others: LEMUR encodes a fifth and loses next to nothing [follow-up]. What the
-    bank does not hold yet is always encoded.
+    and takes the bank's rows for the others: LEMUR encodes a fifth and loses next to nothing [follow-up]. Evaluation
+    takes all from the bank, as serving does. What the bank does not hold yet is always encoded.
     """
 
     def __init__(self, schema: FeatureSchema, config: ModelConfig, store: TokenSource, device: torch.device) -> None:
@@ -119,11 +119,11 @@ class ContentPath(nn.Module):
         )
         self.projection = nn.Linear(width, width)
         self.history: Any = None
-        self.attention: TargetAttention | None = None
+        self.attention: Any = None
         self.bank: ContentBank | None = None
         if config.history != NONE:
             self.history = build_part(HISTORIES, config.history, config.history_options, self.tower, width)
-            self.attention = TargetAttention(width, width, config.content_attention_hidden)
+            self.attention = target_attention(width, config.content_attention_hidden)
             if self.history.uses_bank:
                 self.bank = ContentBank(schema.item_rows, width, device)
         if self.bank is None and config.encode_fraction < 1:
@@ -141,15 +141,15 @@ class ContentPath(nn.Module):
     def forward(self, items: DistinctItems, step: int) -> Content:
         """Return the content of a batch's items; while training, also write the bank as of `step`. Collective."""
         bank = self._read_bank(items)
-        raw_UD, present_U, metrics = self._encode_targets(items, bank, step)
+        raw_UD, encoded_U, metrics = self._encode_targets(items, bank, step)
         target_UD = self.projection(raw_UD)
         content_BD = target_UD[items.row_B]
         blocks = {"content": content_BD}
-        if self.history is not None and self.attention is not None:
+        if self.history is not None:
             source = _HistorySource(items.history_V, bank, self._store)
-            history_VD, valid_V = self.history(source, self.tower, self.projection)
-            blocks["content_interest"] = self.attention(content_BD, history_VD, items.row_N, items.lengths_B, valid_V)
-        return Content(blocks, target_UD, present_U, metrics)
+            history = self.history(source, self.tower, self.projection)
+            blocks["content_interest"] = self.attention(content_BD, history, items.row_N, items.lengths_B)
+        return Content(blocks, target_UD, encoded_U, metrics)
 
     def _read_bank(self, items: DistinctItems) -> _BankRows | None:
         """Read the rows of history and target items in one exchange."""
@@ -162,22 +162,24 @@ class ContentPath(nn.Module):
     def _encode_targets(
         self, items: DistinctItems, bank: _BankRows | None, step: int
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the targets' content before the projection, which of them have any, and the bank's metrics."""
+        """Return the targets' content before the projection, which of them were encoded, and the bank's metrics."""
         if bank is None or self.bank is None:
             return *self.encode(items.target_U), {}
         fresh_F = self._fresh(bank.written_U)
         fresh_FD, present_F = self.encode(items.target_U[fresh_F])
-        raw_UD, present_U = fresh_FD, present_F
+        raw_UD, encoded_U = fresh_FD, present_F
         if fresh_F.numel() < items.target_U.numel():
             raw_UD = bank.target_UD.index_copy(0, fresh_F, fresh_FD)
-            present_U = bank.written_U.index_copy(0, fresh_F, present_F)
+            encoded_U = torch.zeros_like(bank.written_U).index_copy_(0, fresh_F, present_F)
         if self.training:
             self.bank.write(items.target_U[fresh_F][present_F], fresh_FD[present_F], step)
-        return raw_UD, present_U, _bank_metrics(bank, fresh_F, fresh_FD)
+        return raw_UD, encoded_U, _bank_metrics(bank, fresh_F, fresh_FD)
 
     def _fresh(self, written_U: Tensor) -> Tensor:
         """Choose the targets to encode; return their places."""
-        if not self.training or self._encode_fraction >= 1:
+        if not self.training:
+            return (~written_U).nonzero().squeeze(1)
+        if self._encode_fraction >= 1:
             return torch.arange(written_U.numel(), device=written_U.device)
         drawn_U = torch.rand(written_U.numel(), device=written_U.device) < self._encode_fraction
         return (drawn_U | ~written_U).nonzero().squeeze(1)

@@ -14,7 +14,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_em3.batch import HISTORY, TARGET, Batch
 from torchrec_em3.components.distinct import distinct
 from torchrec_em3.components.embeddings import ItemEmbedding, UserEmbedding
-from torchrec_em3.components.interest import TargetAttention
+from torchrec_em3.components.interest import target_attention
+from torchrec_em3.components.interfaces import HistoryItems
 from torchrec_em3.config import Config
 from torchrec_em3.content_path import Content, ContentPath, DistinctItems, TokenSource
 from torchrec_em3.parts import build_part
@@ -65,7 +66,7 @@ class EM3Model(nn.Module):
         self.item_rows = schema.item_rows
         self.users = UserEmbedding(schema, width, device)
         self.items = ItemEmbedding(schema, width, device)
-        self.attention = TargetAttention(width, width, options.attention_hidden)
+        self.attention = target_attention(width, options.attention_hidden)
         self.content: ContentPath | None = None
         self.alignment: Any = None
         block_dims = {"user": self.users.dim, "target": width, "interest": width}
@@ -92,7 +93,7 @@ class EM3Model(nn.Module):
         blocks = {
             "user": self.users(user_BF),
             "target": target_BD,
-            "interest": self.attention(target_BD, history_VD, items.row_N, items.lengths_B),
+            "interest": self.attention(target_BD, HistoryItems(history_VD), items.row_N, items.lengths_B),
         }
         metrics: dict[str, Tensor] = {}
         alignment = None
@@ -129,10 +130,10 @@ class EM3Model(nn.Module):
         return torch.where(hidden_B[:, None], unknown_D, target_BD)
 
     def _align(self, content: Content, id_UD: Tensor, items: DistinctItems) -> Tensor | None:
-        """Contrast content and ID of the distinct targets that have both."""
+        """Contrast content and ID of the distinct targets that have both and whose content was encoded in this step."""
         if self.alignment is None or not self.training:
             return None
-        usable_U = content.present_U & self.items.known(items.target_U)
+        usable_U = content.encoded_U & self.items.known(items.target_U)
         count_U = torch.bincount(items.row_B, minlength=items.target_U.numel())
         loss: Tensor = self.alignment(
             content.target_UD[usable_U], id_UD[usable_U], items.target_U[usable_U], count_U[usable_U]

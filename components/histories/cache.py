@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from torchrec_em3.components.interfaces import ItemSource
+from torchrec_em3.components.interfaces import HistoryItems, ItemSource
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.registry import HISTORIES
 
@@ -26,15 +25,11 @@ class CachedHistoryOptions:
     """Rank of the low-rank correction."""
     alpha: int = 16
     """Weight of the correction: it is multiplied by alpha / rank."""
-    dropout: float = 0.0
-    """Dropout rate on what enters the correction, in [0, 1)."""
 
     def __post_init__(self) -> None:
         """Refuse values that no model can have."""
         if self.rank < 1:
             raise ConfigError(f"rank of the cache history is {self.rank}, must be >= 1")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout of the cache history is {self.dropout}, must be in [0, 1)")
 
 
 @HISTORIES.register("cache", options=CachedHistoryOptions)
@@ -42,8 +37,8 @@ class CachedHistory(nn.Module):
     """Content of history items from the bank: P x + (alpha / rank) B A x.
 
     P is the target branch's projection at its current value, not trained from here; A and B are. B starts at zero, so
-    that a history item starts out as the target branch would see it. An item costs one row and two thin products: this
-    is what makes content affordable over long histories.
+    that a history item starts out as the target branch would see it. An item costs the reading of one row, since the
+    map is handed on for the attention to apply where it costs least: so content is affordable over long histories.
 
     Source: low-rank adaptation of content interest modelling, for its cost over long histories [abstract]; which matrix
     is adapted is not public, so the bank and this form are [ours].
@@ -59,13 +54,12 @@ class CachedHistory(nn.Module):
     def __init__(self, options: CachedHistoryOptions, tower: nn.Module, width: int) -> None:
         super().__init__()
         self.scale = options.alpha / options.rank
-        self.dropout = nn.Dropout(options.dropout)
         self.down_RD = nn.Parameter(torch.empty(options.rank, width))
         self.up_DR = nn.Parameter(torch.zeros(width, options.rank))
         nn.init.kaiming_uniform_(self.down_RD, a=math.sqrt(5))
 
-    def forward(self, source: ItemSource, tower: Any, projection: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Return content_VD and valid_V: the items whose content the bank has ever been given.
+    def forward(self, source: ItemSource, tower: Any, projection: nn.Linear) -> HistoryItems:
+        """Return the bank's rows under (P + (alpha / rank) B A); valid are those that the bank has ever been given.
 
         Args:
             source: The V distinct history items.
@@ -73,8 +67,6 @@ class CachedHistory(nn.Module):
             projection: The target branch's map from the tower's output; only read.
         """
         rows_VD, written_V = source.bank_rows()
-        rows_VD = rows_VD.detach().masked_fill(~written_V[:, None], 0.0)
         bias_D = None if projection.bias is None else projection.bias.detach()
-        frozen_VD = functional.linear(rows_VD, projection.weight.detach(), bias_D)
-        correction_VR = functional.linear(self.dropout(rows_VD), self.down_RD)
-        return frozen_VD + self.scale * functional.linear(correction_VR, self.up_DR), written_V
+        weight_DD = torch.addmm(projection.weight.detach(), self.up_DR, self.down_RD, alpha=self.scale)
+        return HistoryItems(rows_VD.detach(), written_V, weight_DD, bias_D)

@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from torchrec_em3.components.histories.shared import any_token
-from torchrec_em3.components.interfaces import ItemSource
+from torchrec_em3.components.interfaces import HistoryItems, ItemSource
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.registry import HISTORIES
 
@@ -76,8 +75,8 @@ class LoraTowerHistory(nn.Module):
         self.tower = inject_adapter_in_model(config, copy.deepcopy(tower))
         _check_adapted(self.tower, targets)
 
-    def forward(self, source: ItemSource, tower: Any, projection: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Return content_VD and valid_V: the items that have a token of any modality.
+    def forward(self, source: ItemSource, tower: Any, projection: nn.Linear) -> HistoryItems:
+        """Return the copy's output under the projection; valid are the items that have a token of any modality.
 
         Args:
             source: The V distinct history items.
@@ -87,7 +86,7 @@ class LoraTowerHistory(nn.Module):
         self._synchronise(tower)
         tokens = source.tokens()
         bias_D = None if projection.bias is None else projection.bias.detach()
-        return functional.linear(self.tower(tokens), projection.weight.detach(), bias_D), any_token(tokens)
+        return HistoryItems(self.tower(tokens), any_token(tokens), projection.weight.detach(), bias_D)
 
     @torch.no_grad()
     def _synchronise(self, tower: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrec_em3.batch import ModalityTokens
-from torchrec_em3.components.interfaces import ItemSource
+from torchrec_em3.components.interfaces import HistoryItems, ItemSource
 from torchrec_em3.registry import HISTORIES, NoOptions
 
 __all__ = ["SharedHistory", "any_token"]
@@ -34,8 +34,8 @@ class SharedHistory(nn.Module):
     def __init__(self, options: NoOptions, tower: nn.Module, width: int) -> None:
         super().__init__()
 
-    def forward(self, source: ItemSource, tower: Any, projection: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Return content_VD and valid_V: the items that have a token of any modality.
+    def forward(self, source: ItemSource, tower: Any, projection: nn.Linear) -> HistoryItems:
+        """Return the tower's output under its projection; valid are the items that have a token of any modality.
 
         Args:
             source: The V distinct history items.
@@ -43,7 +43,7 @@ class SharedHistory(nn.Module):
             projection: The target branch's map from the tower's output, trained from here too.
         """
         tokens = source.tokens()
-        return projection(tower(tokens)), any_token(tokens)
+        return HistoryItems(tower(tokens), any_token(tokens), projection.weight, projection.bias)
 
 
 def any_token(tokens: Mapping[str, ModalityTokens]) -> Tensor:

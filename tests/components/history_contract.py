@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from tests.components.tower_contract import COUNTS, DIMS, WIDTH, random_tokens
 from torchrec_em3.batch import ModalityTokens
+from torchrec_em3.components.interfaces import HistoryItems
 from torchrec_em3.components.towers.qformer import FusionQFormer, FusionQFormerOptions
 
-__all__ = ["WIDTH", "FakeSource", "check_history", "small_tower"]
+__all__ = ["WIDTH", "FakeSource", "check_history", "small_tower", "valid_content"]
 
 
 class FakeSource:
@@ -45,13 +46,20 @@ def small_tower() -> FusionQFormer:
     return FusionQFormer(FusionQFormerOptions(num_heads=2, num_queries=2), DIMS, COUNTS, WIDTH)
 
 
+def valid_content(items: HistoryItems) -> Tensor:
+    """Return the items' vectors [V, D] as an attention sees them: whatever invalid rows hold does not count."""
+    assert items.valid_V is not None
+    return items._replace(rows_VD=items.rows_VD.masked_fill(~items.valid_V[:, None], 0.0)).content()
+
+
 def check_history(history: nn.Module, tower: nn.Module) -> None:
     """Assert that `history` keeps the contract of `interfaces.HistoryContent`."""
     assert type(history).uses_bank in (True, False), "uses_bank must be a class attribute"
     projection = nn.Linear(WIDTH, WIDTH)
     for num_items in (0, 1, 10):
         source = FakeSource(tower, num_items, history.uses_bank)
-        content_VD, valid_V = history(source, tower, projection)
+        items = history(source, tower, projection)
+        content_VD, valid_V = valid_content(items), items.valid_V
         assert content_VD.shape == (num_items, WIDTH)
         assert valid_V.shape == (num_items,)
         assert valid_V.dtype == torch.bool

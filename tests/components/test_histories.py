@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.components.history_contract import WIDTH, FakeSource, check_history, small_tower
+from tests.components.history_contract import WIDTH, FakeSource, check_history, small_tower, valid_content
 from tests.components.tower_contract import COUNTS, DIMS
 from torchrec_em3.components.histories.cache import CachedHistory, CachedHistoryOptions
 from torchrec_em3.components.histories.lora_qformer import LoraTowerHistory, LoraTowerHistoryOptions
 from torchrec_em3.components.histories.shared import SharedHistory
+from torchrec_em3.components.interest import target_attention
 from torchrec_em3.components.towers.concat import ConcatTower, ConcatTowerOptions
 from torchrec_em3.components.towers.qformer import FusionQFormer
 from torchrec_em3.errors import ConfigError
@@ -43,9 +44,15 @@ def test_keeps_the_contract(name: str, tower: FusionQFormer) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_starts_as_the_target_branch_sees_the_items(name: str, tower: FusionQFormer, projection: nn.Linear) -> None:
     source = FakeSource(tower, 10)
-    content_VD, valid_V = build(name, tower)(source, tower, projection)
+    content_VD, valid_V = content(build(name, tower), source, tower, projection)
     expected_VD = projection(tower(source.tokens()))
     torch.testing.assert_close(content_VD[valid_V], expected_VD[valid_V], rtol=0, atol=1e-6)
+
+
+def content(history: nn.Module, source: FakeSource, tower: nn.Module, projection: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Return the vectors of all items, rows of invalid ones taken as zeros, and which are valid."""
+    items = history(source, tower, projection)
+    return valid_content(items), items.valid_V
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -56,7 +63,7 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 def test_only_the_adapters_are_trained(name: str, tower: FusionQFormer, projection: nn.Linear) -> None:
     history = build(name, tower)
     for _ in range(2):  # with B at zero the gradient of A is zero: take one step away from there
-        history(FakeSource(tower, 10), tower, projection)[0].square().sum().backward()
+        content(history, FakeSource(tower, 10), tower, projection)[0].square().sum().backward()
         with torch.no_grad():
             for parameter in history.parameters():
                 if parameter.grad is not None:
@@ -71,7 +78,7 @@ def test_only_the_adapters_are_trained(name: str, tower: FusionQFormer, projecti
 def test_shared_trains_tower_and_projection(tower: FusionQFormer, projection: nn.Linear) -> None:
     history = SharedHistory(HISTORIES.get("shared").options(), tower, WIDTH)
     assert not list(history.parameters())
-    history(FakeSource(tower, 10), tower, projection)[0].square().sum().backward()
+    content(history, FakeSource(tower, 10), tower, projection)[0].square().sum().backward()
     assert len(gradients(tower)) == len(list(tower.parameters()))
     assert len(gradients(projection)) == 2
 
@@ -81,24 +88,29 @@ def test_cache_correction_is_low_rank_and_scaled(tower: FusionQFormer, projectio
     nn.init.normal_(history.up_DR)
     source = FakeSource(tower, 9)
     for training in (True, False):
-        content_VD, valid_V = history.train(training)(source, tower, projection)
+        content_VD, valid_V = content(history.train(training), source, tower, projection)
         rows_VD = source.rows_VD[valid_V]
         expected_VD = projection(rows_VD) + 2.0 * rows_VD @ history.down_RD.T @ history.up_DR.T
         torch.testing.assert_close(content_VD[valid_V], expected_VD)
 
 
-def test_cache_is_not_disturbed_by_rows_never_written(tower: FusionQFormer, projection: nn.Linear) -> None:
-    history = CachedHistory(CachedHistoryOptions(), tower, WIDTH)
+@pytest.mark.parametrize("hidden", [(), (3,)])
+def test_rows_never_written_do_not_reach_the_interest(
+    hidden: tuple[int, ...], tower: FusionQFormer, projection: nn.Linear
+) -> None:
+    history, attention = CachedHistory(CachedHistoryOptions(), tower, WIDTH), target_attention(WIDTH, hidden)
     nn.init.normal_(history.up_DR)
+    row_N, lengths_B, query_BD = torch.arange(10), torch.tensor([4, 6]), torch.randn(2, WIDTH)
     results = []
     for filler in (torch.nan, 5.0):
         source = FakeSource(tower, 10)
         source.rows_VD[~source.written_V] = filler
         history.zero_grad()
-        content_VD, _ = history(source, tower, projection)
-        content_VD.square().sum().backward()
-        results.append([content_VD.detach(), history.down_RD.grad.clone(), history.up_DR.grad.clone()])
+        interest_BD = attention(query_BD, history(source, tower, projection), row_N, lengths_B)
+        interest_BD.square().sum().backward()
+        results.append([interest_BD.detach(), history.down_RD.grad.clone(), history.up_DR.grad.clone()])
     for one, other in zip(*results, strict=True):
+        assert torch.isfinite(one).all()
         assert torch.equal(one, other)
 
 
@@ -109,23 +121,23 @@ def test_follows_the_target_branch(name: str, tower: FusionQFormer, projection: 
     for parameter in [*tower.parameters(), *projection.parameters()]:
         parameter.data += 0.1 * torch.randn_like(parameter)
     source = FakeSource(tower, 10)
-    content_VD, valid_V = history(source, tower, projection)
+    content_VD, valid_V = content(history, source, tower, projection)
     torch.testing.assert_close(content_VD[valid_V], projection(tower(source.tokens()))[valid_V], rtol=0, atol=1e-5)
 
 
 def test_adapters_of_the_copy_act_in_training_and_evaluation(tower: FusionQFormer, projection: nn.Linear) -> None:
     history = LoraTowerHistory(LoraTowerHistoryOptions(rank=2), tower, WIDTH)
     source = FakeSource(tower, 10)
-    plain_VD, _ = history(source, tower, projection)
+    plain_VD, _ = content(history, source, tower, projection)
     for name, parameter in history.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
     for training in (True, False):
-        changed_VD, valid_V = history.train(training)(source, tower, projection)
+        changed_VD, valid_V = content(history.train(training), source, tower, projection)
         assert bool(((changed_VD - plain_VD).abs().amax(1) > 1e-3)[valid_V].all())
     reloaded = LoraTowerHistory(LoraTowerHistoryOptions(rank=2), small_tower(), WIDTH)
     reloaded.load_state_dict(copy.deepcopy(history.state_dict()))
-    torch.testing.assert_close(reloaded(source, tower, projection)[0], changed_VD)
+    torch.testing.assert_close(content(reloaded, source, tower, projection)[0], changed_VD)
 
 
 def test_lora_adapts_every_map_of_a_tower_that_names_none(projection: nn.Linear) -> None:
@@ -156,5 +168,8 @@ def test_lora_refuses_towers_it_cannot_adapt(tower: FusionQFormer) -> None:
 def test_options_are_checked(options: type) -> None:
     with pytest.raises(ConfigError, match="rank"):
         options(rank=0)
+
+
+def test_lora_dropout_is_checked() -> None:
     with pytest.raises(ConfigError, match="dropout"):
-        options(dropout=1.0)
+        LoraTowerHistoryOptions(dropout=1.0)

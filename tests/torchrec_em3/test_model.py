@@ -165,12 +165,30 @@ def test_a_fraction_of_the_targets_is_encoded_and_the_rest_read_from_the_bank() 
     assert model.content.projection.weight.grad.any(), "the projection learns from bank rows too"
 
 
-def test_evaluation_encodes_every_target() -> None:
+def test_evaluation_encodes_only_what_the_bank_does_not_hold() -> None:
     store = Store()
-    model = build(store, encode_fraction=0.01)
+    model = build(store)
     model(batch([1, 2], [[], []]))
-    logits(model, (1, []), (2, []))
-    assert store.fetched[-1] == [1, 2]
+    mixed = logits(model, (1, []), (5, []))
+    assert store.fetched[-1] == [5]
+    assert model.content is not None
+    model.content._fresh = lambda written_U: torch.arange(len(written_U))  # as if the bank held nothing
+    torch.testing.assert_close(logits(model, (1, []), (5, [])), mixed)
+
+
+def test_only_targets_encoded_in_the_step_are_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(encode_fraction=1e-9)
+    aligned: list[list[int]] = []
+    compute = model.alignment.forward
+
+    def record(content_UD: Tensor, id_UD: Tensor, item_U: Tensor, count_U: Tensor) -> Tensor:
+        aligned.append(item_U.tolist())
+        return compute(content_UD, id_UD, item_U, count_U)
+
+    monkeypatch.setattr(model.alignment, "forward", record)
+    model(batch([1, 2, 2, 11], [[], [], [], []]))
+    model(batch([1, 2, 3, 4], [[], [], [], []]))
+    assert aligned == [[1, 2], [3, 4]], "1 and 2 come from the bank in the second step; 11 has no content"
 
 
 @pytest.mark.parametrize("history", ["none", "lora_qformer", "shared"])
