@@ -51,7 +51,7 @@ class CheckpointFolder:
 
         Args:
             step: Number of optimizer steps done; a step that is already saved is left alone.
-            sharded: Tables, bank, dense parameters and the state of both optimizers are saved.
+            sharded: Tables, bank, dense parameters, their average and the state of both optimizers are saved.
             progress: Plain values to return from `load`: data position, early stopping and so on.
 
         Raises:
@@ -82,12 +82,13 @@ class CheckpointFolder:
     def load(self, step: int, sharded: ShardedModel, *, optimizer: bool = True) -> dict[str, Any]:
         """Load the checkpoint of `step` into `sharded` and return its progress values. Collective.
 
+        To go on training, everything is loaded; to use the model, the average is loaded in place of the dense weights.
         The random state of this rank is restored where the checkpoint was written by as many ranks as there are now.
 
         Args:
             step: Which checkpoint.
             sharded: A freshly sharded model of the same shape; the number of ranks and the sharding plan may differ.
-            optimizer: Whether to load the optimizers' state too.
+            optimizer: Whether to go on training.
 
         Raises:
             CheckpointError: If the checkpoint is missing, damaged or of another model.
@@ -116,6 +117,8 @@ class CheckpointFolder:
         sharded.module.load_state_dict(state["model"])
         if optimizer:
             sharded.optimizer.load_state_dict(state["optimizer"])
+        else:
+            sharded.average.apply()
         _restore_random_state(random_state)
         return progress
 
@@ -129,7 +132,7 @@ class CheckpointFolder:
 
 
 def _tensors(sharded: ShardedModel, *, optimizer: bool = True) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": sharded.module.state_dict()}
+    state: dict[str, Any] = {"model": sharded.module.state_dict(), "average": sharded.average.state_dict()}
     if optimizer:
         state["optimizer"] = sharded.optimizer.state_dict()
     return state

@@ -110,6 +110,8 @@ class TrainConfig:
     """Learning rate of the dense parameters (Adam)."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the dense parameters."""
+    average_decay: float = 0.99
+    """Decay a step of the running average of the dense weights, which is validated and kept; 0 takes the last."""
     evaluate_every: int = 0
     """Steps between validations; 0 validates at the end of each epoch."""
     checkpoint_every: int = 0
@@ -129,6 +131,8 @@ class TrainConfig:
             _at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("evaluate_every", "checkpoint_every", "learning_rate", "weight_decay"):
             _at_least(f"train.{name}", getattr(self, name), 0)
+        if not 0.0 <= self.average_decay < 1.0:
+            raise ConfigError(f"--train.average_decay is {self.average_decay}, must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ from torchrec_em3.errors import ConfigError
 from torchrec_em3.model import EM3Model
 from torchrec_em3.plan_report import PlanReport
 from torchrec_em3.process_group import Ranks
+from torchrec_em3.weight_average import WeightAverage
 
 __all__ = ["Cluster", "ShardedModel", "make_plan", "shard"]
 
@@ -183,11 +184,13 @@ class ShardedModel:
         module: The DistributedModelParallel module; call it with a batch.
         optimizer: Steps the fused optimizers of the tables and the dense optimizer.
         plan: Where the tables went, for the records.
+        average: Running average of the dense weights, which is what is validated and kept.
     """
 
     module: DistributedModelParallel
     optimizer: CombinedOptimizer
     plan: PlanReport
+    average: WeightAverage
 
     @property
     def model(self) -> EM3Model:
@@ -220,14 +223,15 @@ def shard(model: EM3Model, config: Config, ranks: Ranks, cluster: Cluster) -> Sh
     module = DistributedModelParallel(
         module=model, device=ranks.device, plan=plan, sharders=_sharders(ranks.device.type)
     )
+    dense_parameters = dict(in_backward_optimizer_filter(module.named_parameters()))
     dense = KeyedOptimizerWrapper(
-        dict(in_backward_optimizer_filter(module.named_parameters())),
+        dense_parameters,
         lambda parameters: torch.optim.AdamW(
             parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
         ),
     )
     optimizer = CombinedOptimizer([("tables", module.fused_optimizer), ("dense", dense)])
-    return ShardedModel(module, optimizer, report)
+    return ShardedModel(module, optimizer, report, WeightAverage(dense_parameters, config.train.average_decay))
 
 
 def _fuse_optimizers(model: EM3Model, options: EmbeddingConfig, device: torch.device) -> None:

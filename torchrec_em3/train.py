@@ -146,8 +146,7 @@ class Trainer:
                 self._train_epoch()
             if self.progress.best_step < 0:
                 self._validate()
-        if self.progress.best_step != self.progress.step:
-            self.checkpoints.load(self.progress.best_step, self._sharded, optimizer=False)
+        self.checkpoints.load(self.progress.best_step, self._sharded, optimizer=False)
         self._log.close()
 
     def _exhausted(self) -> bool:
@@ -189,8 +188,9 @@ class Trainer:
                 f"{error} at step {progress.step + 1}; the step was not applied. Lower --train.learning_rate or "
                 "--embeddings.learning_rate, or continue from the last checkpoint with --resume"
             ) from error
-        progress.cpu_seconds += time.process_time() - started
         progress.step += 1
+        self._sharded.average.update(progress.step)
+        progress.cpu_seconds += time.process_time() - started
         progress.row += self._stream.global_batch_size
         progress.samples += self._stream.global_batch_size
         self._averages.add(output.metrics)
@@ -209,9 +209,10 @@ class Trainer:
         self._log.scalars("train", step=progress.step, epoch=progress.epoch, values=values)
 
     def _validate(self) -> None:
-        """Measure the validation split, note whether it is the best so far, and save a checkpoint."""
+        """Measure the validation split by the averaged weights, note whether it is the best, save a checkpoint."""
         progress, options = self.progress, self._config.train
-        metrics = evaluate_split(self._sharded, self._data, "validation", self._config, self._ranks)
+        with self._sharded.average.applied():
+            metrics = evaluate_split(self._sharded, self._data, "validation", self._config, self._ranks)
         value = metrics[options.select_by]
         if value is None:
             raise NumericError(
