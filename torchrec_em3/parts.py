@@ -17,7 +17,10 @@ _BUILTIN = (
     "histories.cache",
     "histories.lora_qformer",
     "histories.shared",
+    "rankers.dcn_v2",
+    "rankers.deepfm",
     "rankers.din",
+    "rankers.dlrm",
     "towers.concat",
     "towers.qformer",
 )

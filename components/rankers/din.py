@@ -5,42 +5,25 @@ Shape letters: B rows, G blocks of one width, W that width, P pairs of blocks.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from torchrec_em3.errors import ConfigError
+from torchrec_em3.components.rankers.blocks import Blocks
+from torchrec_em3.components.rankers.mlp import MLP, MLPOptions
 from torchrec_em3.registry import RANKERS
 
 __all__ = ["DinRanker", "DinRankerOptions"]
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "prelu": nn.PReLU}
-
 
 @dataclass(frozen=True, kw_only=True)
-class DinRankerOptions:
+class DinRankerOptions(MLPOptions):
     """Options of the ranker `din`."""
 
-    hidden: tuple[int, ...] = (256, 128, 64)
-    """Widths of the hidden layers."""
+    ranker: ClassVar[str] = "din"
     interactions: bool = True
     """Also give the MLP the dot product of every two blocks of equal width."""
-    dropout: float = 0.0
-    """Dropout rate after each hidden layer, in [0, 1)."""
-    activation: Literal["relu", "silu", "prelu"] = "relu"
-    """Activation of the hidden layers."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that no model can have."""
-        if any(width < 1 for width in self.hidden):
-            raise ConfigError(f"hidden of the din ranker is {self.hidden}, every width must be >= 1")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout of the din ranker is {self.dropout}, must be in [0, 1)")
-        if self.activation not in ACTIVATIONS:
-            raise ConfigError(
-                f"activation of the din ranker is '{self.activation}', must be one of {', '.join(ACTIVATIONS)}"
-            )
 
 
 @RANKERS.register("din", options=DinRankerOptions)
@@ -60,19 +43,13 @@ class DinRanker(nn.Module):
 
     def __init__(self, options: DinRankerOptions, block_dims: Mapping[str, int]) -> None:
         super().__init__()
-        if not block_dims or min(block_dims.values()) < 1:
-            raise ConfigError(f"the din ranker needs blocks of width >= 1, not {dict(block_dims)}")
-        self.names = list(block_dims)
+        self.blocks = Blocks("din", block_dims)
         by_width: dict[int, list[str]] = {}
         for name, width in block_dims.items():
             by_width.setdefault(width, []).append(name)
         self.groups = [group for group in by_width.values() if options.interactions and len(group) > 1]
-        incoming = sum(block_dims.values()) + sum(len(group) * (len(group) - 1) // 2 for group in self.groups)
-        layers: list[nn.Module] = []
-        for outgoing in options.hidden:
-            layers += [nn.Linear(incoming, outgoing), ACTIVATIONS[options.activation](), nn.Dropout(options.dropout)]
-            incoming = outgoing
-        self.mlp = nn.Sequential(*layers, nn.Linear(incoming, 1))
+        num_products = sum(len(group) * (len(group) - 1) // 2 for group in self.groups)
+        self.mlp = MLP(options, self.blocks.total_width + num_products)
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
         """Return logits_B.
@@ -80,9 +57,9 @@ class DinRanker(nn.Module):
         Args:
             blocks: [B, block_dims[name]] by name, float.
         """
-        inputs = [blocks[name] for name in self.names]
+        inputs = self.blocks.in_order(blocks)
         inputs += [_dot_products(torch.stack([blocks[name] for name in group], dim=1)) for group in self.groups]
-        return self.mlp(torch.cat(inputs, dim=1)).squeeze(1)
+        return self.mlp(torch.cat(inputs, dim=1))
 
 
 def _dot_products(blocks_BGW: Tensor) -> Tensor:

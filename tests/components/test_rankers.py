@@ -1,53 +1,141 @@
-"""The din ranker: contract, interactions, broken options."""
+"""The rankers: contract, built-in or a user's; any widths of blocks; broken options."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
 
-from tests.components.ranker_contract import BLOCK_DIMS, check_ranker, random_blocks
+from tests.components.ranker_contract import BLOCK_DIMS, check_ranker
+from torchrec_em3.components.rankers.blocks import Blocks
+from torchrec_em3.components.rankers.dcn_v2 import DcnV2Ranker, DcnV2RankerOptions
+from torchrec_em3.components.rankers.deepfm import DeepFMRanker, DeepFMRankerOptions
 from torchrec_em3.components.rankers.din import DinRanker, DinRankerOptions
+from torchrec_em3.components.rankers.dlrm import DlrmRanker, DlrmRankerOptions
+from torchrec_em3.components.rankers.mlp import MLP
 from torchrec_em3.errors import ConfigError
+from torchrec_em3.parts import build_part, load_plugins
 from torchrec_em3.registry import RANKERS
+
+BUILTIN = {"dcn_v2": DcnV2Ranker, "deepfm": DeepFMRanker, "din": DinRanker, "dlrm": DlrmRanker}
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("name", "options"),
     [
-        DinRankerOptions(),
-        DinRankerOptions(hidden=(5,), interactions=False, dropout=0.3, activation="prelu"),
-        DinRankerOptions(hidden=(), activation="silu"),
+        ("din", {}),
+        ("din", {"hidden": (5,), "interactions": False, "dropout": 0.3, "activation": "prelu"}),
+        ("din", {"hidden": (), "activation": "silu"}),
+        ("dcn_v2", {}),
+        ("dcn_v2", {"cross_layers": 1, "rank": 1, "hidden": ()}),
+        ("dcn_v2", {"cross_layers": 4, "rank": 5, "hidden": (7, 3), "dropout": 0.3, "activation": "silu"}),
+        ("dlrm", {}),
+        ("dlrm", {"bottom": (), "top": (16,)}),
+        ("dlrm", {"bottom": (32, 16), "top": (32, 16)}),
+        ("deepfm", {}),
+        ("deepfm", {"hidden": ()}),
+        ("deepfm", {"hidden": (7, 3), "dropout": 0.3, "activation": "prelu"}),
     ],
 )
-def test_keeps_the_contract(options: DinRankerOptions) -> None:
+def test_keeps_the_contract(name: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    check_ranker(DinRanker(options, BLOCK_DIMS))
+    check_ranker(build_part(RANKERS, name, options, BLOCK_DIMS))
 
 
-def test_inputs_are_the_blocks_and_the_dot_products_of_equal_widths() -> None:
-    ranker = DinRanker(DinRankerOptions(hidden=()), BLOCK_DIMS)
-    seen = []
-    ranker.mlp[0].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    blocks = random_blocks(3)
-    ranker(blocks)
-    target, interest, content = blocks["target"], blocks["interest"], blocks["content"]
-    pairs = [(target * interest).sum(1), (target * content).sum(1), (interest * content).sum(1)]
-    expected = torch.cat([*blocks.values(), torch.stack(pairs, dim=1) / 2.0], dim=1)
-    torch.testing.assert_close(seen[0], expected)
+PLUGIN = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from torchrec_em3.registry import RANKERS
 
 
-def test_lone_block_has_no_interactions() -> None:
-    ranker = DinRanker(DinRankerOptions(), {"user": 3})
-    assert ranker.mlp[0].in_features == 3
-    assert ranker({"user": torch.randn(2, 3)}).shape == (2,)
+@dataclass(frozen=True, kw_only=True)
+class LogisticOptions:
+    bias: bool = True
 
 
-def test_refuses_by_name() -> None:
-    with pytest.raises(ConfigError, match="hidden"):
-        DinRankerOptions(hidden=(0,))
-    with pytest.raises(ConfigError, match="dropout"):
-        DinRankerOptions(dropout=1.0)
-    with pytest.raises(ConfigError, match="activation"):
-        DinRankerOptions(activation="tanh")
-    for block_dims in ({}, {"user": 0}):
-        with pytest.raises(ConfigError, match="blocks of width"):
-            DinRanker(DinRankerOptions(), block_dims)
-    assert RANKERS.get("din").build is DinRanker
+@RANKERS.register("test_logistic", options=LogisticOptions)
+class LogisticRanker(nn.Module):
+    def __init__(self, options, block_dims):
+        super().__init__()
+        self.names = list(block_dims)
+        self.linear = nn.Linear(sum(block_dims.values()), 1, bias=options.bias)
+
+    def forward(self, blocks):
+        return self.linear(torch.cat([blocks[name] for name in self.names], dim=1)).squeeze(1)
+"""
+
+
+def test_a_users_ranker_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "users_rankers.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(RANKERS, "_parts", dict(RANKERS._parts))
+    load_plugins("users_rankers")
+    ranker = build_part(RANKERS, "test_logistic", {"bias": False}, BLOCK_DIMS)
+    assert [name for name, _ in ranker.named_parameters()] == ["linear.weight"]
+    check_ranker(ranker)
+
+
+@given(
+    name=st.sampled_from(sorted(BUILTIN)),
+    widths=st.lists(st.integers(1, 5), min_size=2, max_size=6),
+    num_rows=st.integers(0, 3),
+)
+def test_blocks_of_any_widths_give_one_logit_a_row(name: str, widths: list[int], num_rows: int) -> None:
+    block_dims = {f"block_{place}": width for place, width in enumerate(widths)}
+    ranker = build_part(RANKERS, name, {}, block_dims)
+    blocks = {block: torch.randn(num_rows, width) for block, width in block_dims.items()}
+    assert ranker(blocks).shape == (num_rows,)
+
+
+@pytest.mark.parametrize(
+    ("widths", "common"), [((3,), 3), ((2, 4, 4), 4), ((8, 4, 4, 8), 4), ((4, 8, 8, 4), 4), ((1, 2, 3, 3), 3)]
+)
+def test_common_width_is_the_most_frequent_then_the_smallest(widths: tuple[int, ...], common: int) -> None:
+    assert Blocks("any", {str(place): width for place, width in enumerate(widths)}).common_width == common
+
+
+def test_mlp_has_activation_and_dropout_after_each_hidden_layer() -> None:
+    mlp = MLP(DinRankerOptions(hidden=(4, 3), dropout=0.25, activation="silu"), 2)
+    assert [type(layer) for layer in mlp] == [nn.Linear, nn.SiLU, nn.Dropout] * 2 + [nn.Linear]
+    assert [layer.p for layer in mlp if isinstance(layer, nn.Dropout)] == [0.25, 0.25]
+
+
+def test_dins_parameters_keep_the_names_that_checkpoints_have() -> None:
+    ranker = DinRanker(DinRankerOptions(hidden=(8, 4)), {"user": 3})
+    assert list(ranker.state_dict()) == [f"mlp.{place}.{kind}" for place in (0, 3, 6) for kind in ("weight", "bias")]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DinRankerOptions(hidden=(0,)), r"hidden of the din ranker is \(0,\), every width must be >= 1"),
+        (lambda: DcnV2RankerOptions(hidden=(8, -1)), r"hidden of the dcn_v2 ranker is \(8, -1\)"),
+        (lambda: DinRankerOptions(dropout=1.0), r"dropout of the din ranker is 1.0, must be in \[0, 1\)"),
+        (lambda: DeepFMRankerOptions(dropout=-0.1), "dropout of the deepfm ranker is -0.1"),
+        (lambda: DinRankerOptions(activation="tanh"), "activation of the din ranker is 'tanh', must be one of relu"),
+        (lambda: DcnV2RankerOptions(rank=0), "rank of the dcn_v2 ranker is 0, must be >= 1"),
+        (lambda: DcnV2RankerOptions(cross_layers=0), "cross_layers of the dcn_v2 ranker is 0, must be >= 1"),
+        (lambda: DlrmRankerOptions(bottom=(0,)), r"bottom of the dlrm ranker is \(0,\), every width must be >= 1"),
+        (lambda: DlrmRankerOptions(top=(4, 0)), r"top of the dlrm ranker is \(4, 0\), every width must be >= 1"),
+        (lambda: DlrmRankerOptions(top=()), "top of the dlrm ranker is empty, must have at least one width"),
+        (lambda: DlrmRanker(DlrmRankerOptions(), {"user": 3}), "the dlrm ranker needs at least two blocks"),
+    ],
+)
+def test_refuses_by_name(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", sorted(BUILTIN))
+def test_is_registered_and_refuses_blocks_without_width(name: str) -> None:
+    assert RANKERS.get(name).build is BUILTIN[name]
+    for block_dims in ({}, {"user": 0, "target": 4}):
+        with pytest.raises(ConfigError, match=f"the {name} ranker needs blocks of width >= 1"):
+            build_part(RANKERS, name, {}, block_dims)

@@ -1,0 +1,76 @@
+"""DLRM as a ranker, from the parts of TorchRec's own model.
+
+Shape letters: B rows, G blocks of the common width, W that width, C width of the other blocks together.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchrec.models.dlrm import DenseArch, InteractionArch, OverArch
+
+from torchrec_em3.components.rankers.blocks import Blocks
+from torchrec_em3.errors import ConfigError
+from torchrec_em3.registry import RANKERS
+
+__all__ = ["DlrmRanker", "DlrmRankerOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DlrmRankerOptions:
+    """Options of the ranker `dlrm`."""
+
+    bottom: tuple[int, ...] = (128,)
+    """Widths of the bottom MLP's layers before the one of the common width."""
+    top: tuple[int, ...] = (256, 128, 64)
+    """Widths of the top MLP's hidden layers, at least one."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no model can have."""
+        for name, widths in (("bottom", self.bottom), ("top", self.top)):
+            if any(width < 1 for width in widths):
+                raise ConfigError(f"{name} of the dlrm ranker is {widths}, every width must be >= 1")
+        if not self.top:
+            raise ConfigError("top of the dlrm ranker is empty, must have at least one width")
+
+
+@RANKERS.register("dlrm", options=DlrmRankerOptions)
+class DlrmRanker(nn.Module):
+    """Logit of a row from the dot products of its blocks: bottom MLP, pairwise interactions, top MLP.
+
+    The blocks of other widths than the common one stand where DLRM has dense features: concatenated, they pass the
+    bottom MLP to one vector of the common width; if there are none, the first block does. The top MLP sees that vector
+    and the dot product of every two vectors, not the vectors themselves. Source: DLRM (arXiv 1906.00091).
+
+    Args:
+        options: See `DlrmRankerOptions`.
+        block_dims: Width of each block; its order is the order of the inputs, whatever the order at a call.
+
+    Raises:
+        ConfigError: If there are fewer than two blocks or one has no width.
+    """
+
+    def __init__(self, options: DlrmRankerOptions, block_dims: Mapping[str, int]) -> None:
+        super().__init__()
+        blocks = Blocks("dlrm", block_dims)
+        if len(block_dims) < 2:
+            raise ConfigError(f"the dlrm ranker needs at least two blocks to interact, not {dict(block_dims)}")
+        width = blocks.common_width
+        self.dense = [name for name in block_dims if block_dims[name] != width] or list(block_dims)[:1]
+        self.sparse = [name for name in block_dims if name not in self.dense]
+        dense_width = sum(block_dims[name] for name in self.dense)
+        num_vectors = 1 + len(self.sparse)
+        self.bottom = DenseArch(dense_width, [*options.bottom, width])
+        self.interaction = InteractionArch(len(self.sparse))
+        self.top = OverArch(width + num_vectors * (num_vectors - 1) // 2, [*options.top, 1])
+
+    def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
+        """Return logits_B.
+
+        Args:
+            blocks: [B, block_dims[name]] by name, float.
+        """
+        dense_BC = torch.cat([blocks[name] for name in self.dense], dim=1)
+        sparse_BGW = torch.stack([blocks[name] for name in self.sparse], dim=1)
+        return self.top(self.interaction(self.bottom(dense_BC), sparse_BGW)).squeeze(1)
