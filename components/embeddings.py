@@ -1,29 +1,33 @@
 """The ID path: TorchRec collections over the tables of a feature schema.
 
-Shape letters: B rows, F user features, D width, U distinct target items, V distinct history items.
+Shape letters: B rows, D width, U distinct target items, V distinct history items.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_em3.batch import HISTORY, TARGET
 from torchrec_em3.schema import FeatureSchema
 
-__all__ = ["ItemEmbedding", "UserEmbedding"]
+__all__ = ["ItemEmbedding", "Precision", "UserEmbedding"]
+
+Precision = Literal["fp32", "fp16", "bf16"]
+"""How the numbers of a table are stored; what comes out of a lookup is float32."""
 
 
 class UserEmbedding(nn.Module):
     """Pooled embeddings of the user and the side features."""
 
-    def __init__(self, schema: FeatureSchema, dim: int, device: torch.device) -> None:
+    def __init__(self, schema: FeatureSchema, dim: int, device: torch.device, precision: Precision = "fp32") -> None:
         """Create one table of width `dim` for each user feature on `device` (meta until the tables are sharded)."""
         super().__init__()
         self.names = [feature.name for feature in schema.user_features]
         self.table_names = [f"{name}_table" for name in self.names]
-        self.dim = dim * len(self.names)
         self.num_parameters = dim * sum(feature.rows for feature in schema.user_features)
         self.tables = EmbeddingBagCollection(
             tables=[
@@ -32,6 +36,7 @@ class UserEmbedding(nn.Module):
                     feature_names=[feature.name],
                     num_embeddings=feature.rows,
                     embedding_dim=dim,
+                    data_type=DataType[precision.upper()],
                     pooling=PoolingType.SUM,
                 )
                 for feature in schema.user_features
@@ -39,11 +44,11 @@ class UserEmbedding(nn.Module):
             device=device,
         )
 
-    def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        """Return the concatenated pooled embeddings [B, F * D] ; the keys must be the schema's user features."""
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
+        """Return the pooled embedding [B, D] of each user feature, by name; the keys must be the schema's."""
         # By name: the order in which a sharded collection returns its features depends on the plan.
         pooled = self.tables(features).to_dict()
-        return torch.cat([pooled[name] for name in self.names], dim=1)
+        return {name: pooled[name] for name in self.names}
 
 
 class ItemEmbedding(nn.Module):
@@ -53,7 +58,7 @@ class ItemEmbedding(nn.Module):
     gradients. Items without training rows have no embedding of their own and share row 0, "unknown".
     """
 
-    def __init__(self, schema: FeatureSchema, dim: int, device: torch.device) -> None:
+    def __init__(self, schema: FeatureSchema, dim: int, device: torch.device, precision: Precision = "fp32") -> None:
         """Create the item table of width `dim` on `device` (meta until the table is sharded)."""
         super().__init__()
         self.known_items = schema.known_items
@@ -66,6 +71,7 @@ class ItemEmbedding(nn.Module):
                     feature_names=[TARGET, HISTORY],
                     num_embeddings=schema.known_items + 1,
                     embedding_dim=dim,
+                    data_type=DataType[precision.upper()],
                 )
             ],
             device=device,

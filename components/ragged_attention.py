@@ -8,7 +8,7 @@ Shape letters: B rows, V distinct history items, N history positions of all rows
 key, H width of the first hidden layer, S = D + H.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,8 +44,8 @@ def attend_by_dot_product(query_BD: Tensor, key_VD: Tensor, ragged: Ragged) -> T
         key_VD: Keys, finite.
         ragged: Which keys each row attends to.
     """
-    interest_BD: Tensor = _DotProductAttention.apply(query_BD, key_VD, *ragged)
-    return interest_BD
+    attend: Callable[..., Tensor] = _DotProductAttention.apply
+    return attend(query_BD, key_VD, *ragged)
 
 
 def attend_by_mlp(
@@ -62,8 +62,8 @@ def attend_by_mlp(
         deeper: Weight and bias of each further layer, in turn; the last layer has no bias.
         ragged: Which keys each row attends to.
     """
-    interest_BD: Tensor = _MlpAttention.apply(query_BS, key_VS, product_HD, *ragged, *deeper)
-    return interest_BD
+    attend: Callable[..., Tensor] = _MlpAttention.apply
+    return attend(query_BS, key_VS, product_HD, *ragged, *deeper)
 
 
 class _DotProductAttention(torch.autograd.Function):

@@ -91,6 +91,8 @@ class EmbeddingConfig:
     """Learning rate of the tables."""
     weight_decay: float = 0.0
     """L2 decay of the rows that a step touches."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """How tables are stored. CUDA rounds fp16 and bf16 stochastically, a CPU rounds fp16 to nearest and has no bf16."""
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise"] = "auto"
     """Sharding type of every table; auto lets the planner choose between table-wise and row-wise."""
 

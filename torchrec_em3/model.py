@@ -53,7 +53,7 @@ class EM3Model(nn.Module):
 
         Args:
             schema: Tables, catalogue and modalities.
-            config: The run's options; only `config.model` is read.
+            config: The run's options; only `config.model` and the precision of the tables are read.
             store: Tokens of the catalogue; may be None for an ID-only model.
             device: Where tables and bank are created; meta (default) leaves their memory to the sharding.
         """
@@ -64,12 +64,13 @@ class EM3Model(nn.Module):
         self.unknown_id_rate = options.unknown_id_rate
         self.alignment_weight = options.alignment_weight
         self.item_rows = schema.item_rows
-        self.users = UserEmbedding(schema, width, device)
-        self.items = ItemEmbedding(schema, width, device)
+        self.users = UserEmbedding(schema, width, device, config.embeddings.precision)
+        self.items = ItemEmbedding(schema, width, device, config.embeddings.precision)
         self.attention = target_attention(width, options.attention_hidden)
         self.content: ContentPath | None = None
         self.alignment: Any = None
-        block_dims = {"user": self.users.dim, "target": width, "interest": width}
+        # A block for each user feature, so that a ranker can multiply it with what it knows of the item.
+        block_dims = {_user_block(name): width for name in self.users.names} | {"target": width, "interest": width}
         if config.uses_content:
             assert store is not None, "a model with content needs a token store"
             self.content = ContentPath(schema, options, store, device)
@@ -90,8 +91,8 @@ class EM3Model(nn.Module):
         user_BF, items = self._split(batch.sparse)
         target_UD, history_VD, unknown_D = self.items(items.target_U, items.history_V)
         target_BD = self._hide_ids(target_UD[items.row_B], unknown_D)
-        blocks = {
-            "user": self.users(user_BF),
+        blocks = {_user_block(name): user_BD for name, user_BD in self.users(user_BF).items()}
+        blocks |= {
             "target": target_BD,
             "interest": self.attention(target_BD, HistoryItems(history_VD), items.row_N, items.lengths_B),
         }
@@ -145,3 +146,8 @@ class EM3Model(nn.Module):
         """Binary cross-entropy, mean over the rows that count."""
         loss_B = functional.binary_cross_entropy_with_logits(logit_B, batch.label, reduction="none")
         return (loss_B * batch.weight).sum() / batch.weight.sum().clamp_min(1.0)
+
+
+def _user_block(feature: str) -> str:
+    """Name the block of a user feature; no feature can take the name of another block."""
+    return feature if feature == "user" else f"user_{feature}"

@@ -239,6 +239,8 @@ def _fuse_optimizers(model: EM3Model, options: EmbeddingConfig, device: torch.de
         raise ConfigError(
             "--embeddings.optimizer adam is not supported on CPU by fbgemm; use rowwise_adagrad, adagrad or sgd there"
         )
+    if options.precision == "bf16" and device.type == "cpu":
+        raise ConfigError("--embeddings.precision bf16 is not supported on CPU by fbgemm; use fp16 or fp32 there")
     for module in model.modules():
         if isinstance(module, UserEmbedding | ItemEmbedding):
             settings: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
