@@ -55,6 +55,8 @@ setup(
         "pillow>=11",
         "scikit-learn>=1.5",
         "pooch>=1.8",
+        "requests",
+        "urllib3",
         "tqdm",
         "tensorboard",
         "jinja2",

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from torchrec_em3.datasets import splits
 from torchrec_em3.datasets.checks import arrow_strings, encode_ids
+from torchrec_em3.datasets.negatives import Negatives, sample_negatives
 from torchrec_em3.datasets.raw import RawDataset
 from torchrec_em3.errors import ConfigError, DataError
 from torchrec_em3.registry import closest
@@ -34,12 +35,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Histories:
-    """Each user's events in time order, one user after the other.
+    """Each user's events in time order, one user after the other; sampled negatives are none of them.
 
     Attributes:
         offsets: int64 [U + 1]; user row u has `items[offsets[u] : offsets[u + 1]]`.
         items: Catalogue rows, int32.
-        end: For each event, in the order given, where the events strictly before it end in `items`, int64.
+        end: For each row, in the order given, where the events strictly before it end in `items`, int64.
     """
 
     offsets: np.ndarray
@@ -50,6 +51,8 @@ class Histories:
 @dataclass(frozen=True)
 class IndexedDataset:
     """A data set in numbers. Events are in global time order: by timestamp, then user row, then original order.
+
+    A sampled negative is a row behind its positive, with that one's user, timestamp, history and split, and label 0.
 
     Attributes:
         users: User rows.
@@ -68,20 +71,31 @@ class IndexedDataset:
     time_cuts: tuple[int, int] | None
 
 
-def index_dataset(raw: RawDataset, *, split: str, seed: int, label_threshold: float | None) -> IndexedDataset:
+def index_dataset(
+    raw: RawDataset,
+    *,
+    split: str,
+    seed: int,
+    label_threshold: float | None,
+    negatives: int = 0,
+    negative_sampling: str = "popularity",
+) -> IndexedDataset:
     """Give every user and item a row, label and split the events, and lay out the histories.
 
     Args:
         raw: A data set that `check_raw` has passed.
         split: One of `splits.SPLITS`.
-        seed: Seed of the choice of cold items; the other splits use no chance.
+        seed: Seed of the choice of cold items and of negatives; nothing else uses chance.
         label_threshold: Smallest rating that is positive; None if ratings are 0 and 1 already.
+        negatives: Sampled negatives for each positive.
+        negative_sampling: How they are drawn, one of `negatives.NEGATIVE_SAMPLINGS`.
 
     Returns:
         The indexed data set; the same for the same raw data, whatever rows its catalogue has them in.
 
     Raises:
-        ConfigError: If the split is unknown.
+        ConfigError: If the split or the sampling is unknown, the split needs times and the data has none, or negatives
+            are wanted of data with known click probabilities.
         DataError: If the split cannot be made, or a rating is neither 0 nor 1 though `label_threshold` is None.
     """
     label = _labels(raw, label_threshold)
@@ -89,26 +103,33 @@ def index_dataset(raw: RawDataset, *, split: str, seed: int, label_threshold: fl
     item_ids, catalogue_code = encode_ids(raw.items.item_id)
     item_code = pc.index_in(arrow_strings(raw.item_id), value_set=arrow_strings(item_ids))
     item_code = item_code.to_numpy().astype(np.int64)
-    split_E, cuts = _split(split, user_code, item_code, raw.timestamp, seed)
+    split_E, cuts = _split(split, raw, user_code, item_code, seed)
+    drawn = _draw_negatives(raw, user_code, item_code, label, split_E, negatives, negative_sampling, seed)
     train = split_E == splits.TRAIN
     users, user_row = rank_rows(user_ids, user_code[train])
     items, item_row = rank_rows(item_ids, item_code[train])
     catalogue = np.empty(len(item_ids), dtype=np.int64)
     catalogue[item_row[catalogue_code] - 1] = np.arange(len(item_ids))
 
-    user, item = user_row[user_code], item_row[item_code]
-    order = np.lexsort((user, raw.timestamp))
-    user, item, timestamp = user[order], item[order], raw.timestamp[order].astype(np.int64)
-    histories = build_histories(user, item, timestamp, num_user_rows=len(users.raw_id))
-    events = {
-        "user": user.astype(np.int32),
-        "item": item.astype(np.int32),
-        "label": label[order],
-        "rating": raw.rating[order].astype(np.float32),
-        "timestamp": timestamp,
-        "history_end": histories.end,
-        "split": split_E[order],
+    none = np.zeros(len(drawn.item))
+    columns = {
+        "user": user_row[np.append(user_code, user_code[drawn.positive])].astype(np.int32),
+        "item": item_row[np.append(item_code, drawn.item)].astype(np.int32),
+        "label": np.append(label, none).astype(np.int8),
+        "rating": np.append(raw.rating, none).astype(np.float32),
+        "timestamp": np.append(raw.timestamp, raw.timestamp[drawn.positive]).astype(np.int64),
     }
+    order = np.lexsort((columns["user"], columns["timestamp"]))
+    events = {name: column[order] for name, column in columns.items()}
+    histories = build_histories(
+        events["user"],
+        events["item"],
+        events["timestamp"],
+        num_user_rows=len(users.raw_id),
+        happened=order < len(user_code),
+    )
+    events["history_end"] = histories.end
+    events["split"] = np.append(split_E, split_E[drawn.positive])[order]
     if raw.probability is not None:
         events["probability"] = raw.probability[order].astype(np.float32)
     return IndexedDataset(users, items, catalogue, events, histories, cuts)
@@ -136,7 +157,9 @@ def rank_rows(ids: np.ndarray, train_code: np.ndarray) -> tuple[Rows, np.ndarray
     return rows, row
 
 
-def build_histories(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray, num_user_rows: int) -> Histories:
+def build_histories(
+    user: np.ndarray, item: np.ndarray, timestamp: np.ndarray, num_user_rows: int, happened: np.ndarray
+) -> Histories:
     """Lay every user's events one behind the other and mark, for each event, which of them came strictly before it.
 
     Events of one user with equal timestamps do not see each other.
@@ -146,19 +169,21 @@ def build_histories(user: np.ndarray, item: np.ndarray, timestamp: np.ndarray, n
         item: Catalogue row, integers [E].
         timestamp: Integers [E], never decreasing.
         num_user_rows: Rows of the user table, row 0 included.
+        happened: Bool [E]; false for sampled negatives, which see a history and are in none.
 
     Returns:
         The histories; `end` is aligned with the arguments.
     """
     by_user = np.argsort(user, kind="stable")
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=num_user_rows))])
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(user[happened], minlength=num_user_rows))])
     starts = np.ones(len(user), dtype=bool)
     starts[1:] = (np.diff(user[by_user]) != 0) | (np.diff(timestamp[by_user]) != 0)
     # An instant's first event marks where the history of all of the instant's events ends.
     first = np.maximum.accumulate(np.where(starts, np.arange(len(user)), 0))
+    kept = happened[by_user]
     end = np.empty(len(user), dtype=np.int64)
-    end[by_user] = first
-    return Histories(offsets.astype(np.int64), item[by_user].astype(np.int32), end)
+    end[by_user] = (np.cumsum(kept) - kept)[first]
+    return Histories(offsets.astype(np.int64), item[by_user[kept]].astype(np.int32), end)
 
 
 def _labels(raw: RawDataset, threshold: float | None) -> np.ndarray:
@@ -175,15 +200,37 @@ def _labels(raw: RawDataset, threshold: float | None) -> np.ndarray:
 
 
 def _split(
-    name: str, user: np.ndarray, item: np.ndarray, timestamp: np.ndarray, seed: int
+    name: str, raw: RawDataset, user: np.ndarray, item: np.ndarray, seed: int
 ) -> tuple[np.ndarray, tuple[int, int] | None]:
-    if name == "temporal":
-        return splits.temporal(timestamp)
-    if name == "cold_items":
-        return splits.cold_items(item, timestamp, seed)
+    if name not in splits.SPLITS:
+        known = list(splits.SPLITS)
+        raise ConfigError(f"unknown split '{name}'; known: {', '.join(known)}.{closest(name, known)}")
     if name == "leave_last":
-        order = np.empty(len(timestamp), dtype=np.int64)
-        order[np.argsort(timestamp, kind="stable")] = np.arange(len(timestamp))
+        order = np.empty(len(user), dtype=np.int64)
+        order[np.argsort(raw.timestamp, kind="stable")] = np.arange(len(user))
         return splits.leave_last(user, order), None
-    known = list(splits.SPLITS)
-    raise ConfigError(f"unknown split '{name}'; known: {', '.join(known)}.{closest(name, known)}")
+    if not raw.timed:
+        raise ConfigError(
+            f"--split {name} needs the time of every event, but data set '{raw.name}' knows only the order of each "
+            "user's events; use --split leave_last"
+        )
+    if name == "temporal":
+        return splits.temporal(raw.timestamp)
+    return splits.cold_items(item, raw.timestamp, seed)
+
+
+def _draw_negatives(
+    raw: RawDataset,
+    user: np.ndarray,
+    item: np.ndarray,
+    label: np.ndarray,
+    split: np.ndarray,
+    num: int,
+    sampling: str,
+    seed: int,
+) -> Negatives:
+    if num == 0:
+        return Negatives(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+    if raw.probability is not None:
+        raise ConfigError(f"data set '{raw.name}' has true click probabilities, which sampled negatives lack")
+    return sample_negatives(user, item, label, split, num=num, sampling=sampling, seed=seed)

@@ -22,8 +22,10 @@ from torchrec_em3.components.interfaces import TokenEncoder
 from torchrec_em3.datasets import splits
 from torchrec_em3.datasets.checks import check_raw
 from torchrec_em3.datasets.indexing import IndexedDataset, index_dataset
+from torchrec_em3.datasets.negatives import check_sampling
 from torchrec_em3.datasets.prepared import FORMAT_VERSION, hash_content
 from torchrec_em3.datasets.raw import RawDataset
+from torchrec_em3.datasets.token_reduction import reduce_tokens
 from torchrec_em3.datasets.tokens import write_tokens
 from torchrec_em3.errors import ConfigError, DataError
 from torchrec_em3.registry import ENCODERS, closest
@@ -45,10 +47,16 @@ class PrepareOptions:
     """`temporal` (global time cut 80/10/10), `leave_last` (per user) or `cold_items` (10% of items never trained)."""
 
     seed: int = 0
-    """Seed of the choice of cold items."""
+    """Seed of the choice of cold items and of the sampled negatives."""
 
     label_threshold: float | None = 4.0
     """Smallest rating that counts as positive; null if ratings are 0 and 1 already."""
+
+    negatives: int = 0
+    """Items that the user never took, drawn as rows of label 0 for each positive; they enter no history."""
+
+    negative_sampling: str = "popularity"
+    """`popularity` (as often as they are positives of the same split) or `uniform`."""
 
     text_encoder: str = "minilm"
     """Registered name of the text encoder, or `none`."""
@@ -61,6 +69,9 @@ class PrepareOptions:
 
     image_encoder_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the image encoder."""
+
+    token_dim: int = 128
+    """Width to which wider tokens are reduced, along their principal directions; 0 keeps the encoder's."""
 
     encode_batch_size: int = 64
     """Items that an encoder reads at a time."""
@@ -81,8 +92,10 @@ class PrepareOptions:
         for name in ("encode_batch_size", "max_part_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"option {name} is {getattr(self, name)}, must be at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"option seed is {self.seed}, must be at least 0")
+        for name in ("seed", "negatives", "token_dim"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"option {name} is {getattr(self, name)}, must be at least 0")
+        check_sampling(self.negative_sampling)
         if self.label_threshold is not None and not np.isfinite(self.label_threshold):
             raise ConfigError(f"option label_threshold is {self.label_threshold}, must be a finite number or null")
 
@@ -108,7 +121,14 @@ def prepare(raw: RawDataset, out: Path, options: PrepareOptions) -> dict[str, An
     check_raw(raw)
     _check_out(out, options.overwrite)
     encoders = _build_encoders(options)
-    indexed = index_dataset(raw, split=options.split, seed=options.seed, label_threshold=options.label_threshold)
+    indexed = index_dataset(
+        raw,
+        split=options.split,
+        seed=options.seed,
+        label_threshold=options.label_threshold,
+        negatives=options.negatives,
+        negative_sampling=options.negative_sampling,
+    )
     with _renamed_when_complete(out) as folder:
         _write_interactions(folder / "interactions", indexed, options.max_part_rows)
         _write_histories(folder / "history", indexed)
@@ -240,7 +260,8 @@ def _write_tokens(
         described[modality] = {
             "encoder": name,
             "source": encoder.source,
-            "dim": encoder.dim,
+            "dim": _reduce(folder / "tokens" / modality, encoder.dim, counts.present, options),
+            "encoder_dim": encoder.dim,
             "max_tokens": encoder.max_tokens,
             "present": counts.present,
             "missing": counts.missing,
@@ -248,6 +269,16 @@ def _write_tokens(
         }
         logger.info("%s: %d present, %d missing, %d broken", modality, counts.present, counts.missing, counts.broken)
     return described
+
+
+def _reduce(folder: Path, encoder_dim: int, present: int, options: PrepareOptions) -> int:
+    """Reduce the tokens of a modality if they are wider than asked for; return their width."""
+    dim = options.token_dim
+    if dim == 0 or dim >= encoder_dim or present == 0:
+        return encoder_dim
+    kept = reduce_tokens(folder, dim, options.seed)
+    logger.info("%s: tokens reduced from %d to %d, %.0f%% of them kept", folder.name, encoder_dim, dim, 100 * kept)
+    return dim
 
 
 def _describe(
@@ -264,6 +295,11 @@ def _describe(
         "split": options.split,
         "seed": options.seed,
         "label_threshold": options.label_threshold,
+        "negatives": {
+            "per_positive": options.negatives,
+            "sampling": options.negative_sampling,
+            "rows": len(indexed.events["split"]) - len(indexed.histories.items),
+        },
         "counts": {
             "users": len(indexed.users.raw_id) - 1,
             "items": len(indexed.items.raw_id) - 1,

@@ -112,8 +112,11 @@ class PreparedData:
 
     @cached_property
     def history_items(self) -> np.ndarray:
-        """Catalogue row of each event, one user after the other, in time order; int32 [E], memory-mapped."""
-        shape = (int(self.meta["counts"]["interactions"]),)
+        """Catalogue row of each event, one user after the other, in time order; int32, memory-mapped.
+
+        Sampled negatives are not among them.
+        """
+        shape = (int(self.history_offsets[-1]),)
         return _load_array(self.folder / "history" / "items.npy", np.int32, shape)
 
     @cached_property
@@ -200,10 +203,10 @@ class PreparedData:
             raise DataError(f"{folder}: {rows} rows, meta.json says {expected}; run em3 prepare again")
 
     def _check_arrays(self) -> None:
-        if int(self.history_offsets[-1]) != len(self.history_items):
-            raise DataError(
-                f"{self.folder / 'history'}: offsets end at {self.history_offsets[-1]}, not at the last item"
-            )
+        events, rows = len(self.history_items), self.meta["counts"]["interactions"]
+        if events > rows:
+            folder = self.folder / "history"
+            raise DataError(f"{folder}: {events} events, but meta.json says {rows} interactions; run em3 prepare again")
         for name, modality in self.meta["modalities"].items():
             tokens = self.tokens_folder / name
             _load_array(tokens / "tokens.npy", np.float16, (self.item_rows, modality["max_tokens"], modality["dim"]))

@@ -37,11 +37,12 @@ class RawDataset:
         user_id: Publisher's user id of each event, str.
         item_id: Publisher's item id of each event, str.
         rating: Rating of each event, float32; clicks are 0 and 1.
-        timestamp: Seconds since 1970 of each event, int64.
+        timestamp: Seconds since 1970 of each event, int64; where `timed` is false, its place among its user's events.
         items: The catalogue; holds every `item_id` of the events, and possibly more.
         image_root: Folder that `items.image` is relative to.
         user_features: For each side feature, value (str, "" = unknown) by user id.
         probability: True click probability of each event where it is known (simulated data), else None.
+        timed: False if only the order of each user's events is known, so that nothing compares two users' events.
     """
 
     name: str
@@ -53,3 +54,4 @@ class RawDataset:
     image_root: Path
     user_features: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     probability: np.ndarray | None = None
+    timed: bool = True

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -166,7 +167,7 @@ def test_unusable_modalities_are_counted_and_masked(tmp_path: Path) -> None:
     }
     assert counts == {"text": [25, 5, 0], "image": [1, 27, 2]}
     assert meta["modalities"]["text"] | {"present": 0, "missing": 0} == {
-        **{"encoder": "tiny_text", "source": "tiny_text", "dim": 8, "max_tokens": 6},
+        **{"encoder": "tiny_text", "source": "tiny_text", "dim": 8, "encoder_dim": 8, "max_tokens": 6},
         **{"present": 0, "missing": 0, "broken": 0},
     }
     data = PreparedData.open(tmp_path / "data")
@@ -175,6 +176,15 @@ def test_unusable_modalities_are_counted_and_masked(tmp_path: Path) -> None:
     present = np.load(data.tokens_folder / "image" / "present.npy")
     assert np.flatnonzero(present).tolist() == [rows[raw.items.item_id[0]]]
     assert store.num_rows == data.item_rows
+    data.verify()
+
+
+def test_wider_tokens_are_reduced(tmp_path: Path) -> None:
+    options = PrepareOptions(text_encoder="tiny_text", image_encoder="none", token_dim=5)
+    meta = prepare(make_raw(), tmp_path / "data", options)
+    assert [meta["modalities"]["text"][key] for key in ("dim", "encoder_dim")] == [5, 8]
+    data = PreparedData.open(tmp_path / "data")
+    assert TokenStore(data.tokens_folder).fetch(torch.tensor([1]))["text"].tokens_UTD.shape == (1, 6, 5)
     data.verify()
 
 

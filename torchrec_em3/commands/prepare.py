@@ -1,15 +1,18 @@
-"""`em3 prepare movielens|simulated`: raw files to a prepared folder."""
+"""`em3 prepare movielens|amazon|sequences|simulated`: raw files to a prepared folder."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
+from torchrec_em3.datasets.amazon import read_amazon
 from torchrec_em3.datasets.download import download
 from torchrec_em3.datasets.movielens import read_movielens
+from torchrec_em3.datasets.picture_download import PictureLimits
 from torchrec_em3.datasets.prepare import PrepareOptions, prepare
+from torchrec_em3.datasets.sequences import read_sequences
 from torchrec_em3.datasets.simulated import SimulatedOptions, simulate
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.parsing import CommandParser
@@ -17,9 +20,14 @@ from torchrec_em3.parts import load_builtin_parts, load_plugins
 from torchrec_em3.registry import closest
 from torchrec_em3.runlog import configure_logging
 
+SEQUENCE_NEGATIVES = 4
+
 SOURCES = {
     "movielens": "MovieLens 100K, 1M, 20M, 25M, 32M or latest, recognised from its files; "
     "posters and plots beside them are used.",
+    "amazon": "Amazon Reviews 2014, 2018 or 2023, reviews or ratings, recognised from its files; "
+    "metadata and images beside them are used.",
+    "sequences": "Items of each user in time order, without times and ratings; negatives are sampled.",
     "simulated": "A catalogue with rendered pictures, written descriptions and known click probabilities.",
 }
 
@@ -36,26 +44,37 @@ def main(arguments: Sequence[str]) -> None:
     if source not in SOURCES:
         raise ConfigError(f"unknown source '{source}'; sources: {', '.join(SOURCES)}.{closest(source, list(SOURCES))}")
     configure_logging(first_rank=True)
-    {"movielens": _movielens, "simulated": _simulated}[source](arguments[1:])
+    {"movielens": _movielens, "amazon": _amazon, "sequences": _sequences, "simulated": _simulated}[source](
+        arguments[1:]
+    )
 
 
 def _parse(
-    source: str, arguments: Sequence[str], extend: Callable[[CommandParser], None]
+    source: str,
+    arguments: Sequence[str],
+    extend: Callable[[CommandParser], None],
+    fixed: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> tuple[Namespace, PrepareOptions]:
+    """Return all values and the options of `prepare`; `fixed` ones cannot be given, `defaults` are the source's own."""
+    fixed = fixed or {}
     parser = CommandParser(f"prepare {source}", SOURCES[source])
     extend(parser)
     parser.add_argument("--out", type=str, required=True, help="Prepared folder to write.")
     parser.add_argument("--plugins", type=str, default="", help="Modules that register your own encoders.")
     parser.add_argument("--overwrite", action="store_true", help="Replace a prepared folder that is there already.")
-    # Simulated clicks are labels already; a threshold on them would make every row negative.
-    skipped = {"overwrite", "label_threshold"} if source == "simulated" else {"overwrite"}
-    parser.add_class_arguments(PrepareOptions, skip=skipped)
+    parser.add_class_arguments(PrepareOptions, skip={"overwrite", *fixed})
+    parser.set_defaults(dict(defaults or {}))
     values = parser.parse(arguments)
     load_builtin_parts()
     load_plugins(values.plugins)
     built = parser.build(values)
-    chosen: dict[str, Any] = {name: getattr(built, name, None) for name in PrepareOptions.__dataclass_fields__}
-    return built, PrepareOptions(**chosen)
+    chosen = {name: getattr(built, name) for name in PrepareOptions.__dataclass_fields__ if name not in fixed}
+    return built, PrepareOptions(**chosen, **fixed)
+
+
+def _path(value: str) -> Path | None:
+    return Path(value) if value else None
 
 
 def _movielens(arguments: Sequence[str]) -> None:
@@ -71,24 +90,64 @@ def _movielens(arguments: Sequence[str]) -> None:
     if bool(values.source) == bool(values.download):
         raise ConfigError("give either --source DIR with the publisher's files or --download NAME")
     source = Path(values.source) if values.source else download(values.download, Path(values.cache))
-    raw = read_movielens(source, Path(values.ratings) if values.ratings else None)
+    raw = read_movielens(source, _path(values.ratings))
     _say(prepare(raw, Path(values.out), options), values.out, "movielens")
+
+
+def _amazon(arguments: Sequence[str]) -> None:
+    def extend(parser: CommandParser) -> None:
+        parser.add_argument("--source", type=str, required=True, help="Folder with the publisher's files.")
+        parser.add_argument("--reviews", type=str, default="", help="Reviews or ratings file, where there are several.")
+        parser.add_argument("--metadata", type=str, default="", help="Metadata file, where there are several.")
+        parser.add_argument(
+            "--images", type=str, default="", help="Folder of <asin>.jpg; images/ in SOURCE if not given."
+        )
+        parser.add_argument("--download_images", action="store_true", help="Fetch the pictures that the folder lacks.")
+        parser.add_class_arguments(PictureLimits, "download")
+
+    values, options = _parse("amazon", arguments, extend)
+    raw = read_amazon(
+        Path(values.source),
+        _path(values.reviews),
+        _path(values.metadata),
+        _path(values.images),
+        values.download if values.download_images else None,
+    )
+    _say(prepare(raw, Path(values.out), options), values.out, "amazon")
+
+
+def _sequences(arguments: Sequence[str]) -> None:
+    def extend(parser: CommandParser) -> None:
+        parser.add_argument("--source", type=str, required=True, help="Folder with the sequence file.")
+        parser.add_argument("--metadata", type=str, default="", help="Amazon metadata of items called by their ASIN.")
+        parser.add_argument("--images", type=str, default="", help="Folder of <item id>.jpg.")
+
+    # What a sequence holds is positive, and nobody knows when it happened.
+    defaults = {"split": "leave_last", "negatives": SEQUENCE_NEGATIVES}
+    values, options = _parse("sequences", arguments, extend, fixed={"label_threshold": None}, defaults=defaults)
+    if options.negatives == 0:
+        raise ConfigError("sequences hold positives only; --negatives is 0, must be at least 1")
+    raw = read_sequences(Path(values.source), _path(values.metadata), _path(values.images))
+    _say(prepare(raw, Path(values.out), options), values.out, "amazon")
 
 
 def _simulated(arguments: Sequence[str]) -> None:
     def extend(parser: CommandParser) -> None:
         parser.add_class_arguments(SimulatedOptions, "catalogue")
 
-    values, options = _parse("simulated", arguments, extend)
+    # Simulated clicks are labels already; a threshold on them would make every row negative.
+    fixed = {"label_threshold": None, "negatives": 0, "negative_sampling": "popularity"}
+    values, options = _parse("simulated", arguments, extend, fixed=fixed)
     with tempfile.TemporaryDirectory() as folder:
         raw = simulate(values.catalogue, Path(folder))
         _say(prepare(raw, Path(values.out), options), values.out, "demo")
 
 
 def _say(meta: dict[str, Any], out: str, preset: str) -> None:
-    counts = meta["counts"]
+    counts, negatives = meta["counts"], meta["negatives"]["rows"]
     print(
-        f"prepared {out}: {counts['interactions']} events of {counts['users']} users on {counts['items']} items; "
+        f"prepared {out}: {counts['interactions'] - negatives} events of {counts['users']} users on {counts['items']} "
+        f"items{f' and {negatives} sampled negatives' if negatives else ''}; "
         f"train {counts['train']}, validation {counts['validation']}, test {counts['test']} ({meta['split']})"
     )
     for name, modality in meta["modalities"].items():
