@@ -112,6 +112,8 @@ class TrainConfig:
     """Learning rate of the dense parameters (Adam)."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the dense parameters."""
+    compile_ranker: bool = False
+    """Compile the ranker by torch.compile: a few seconds at the start, faster steps; a CPU needs a C++ compiler."""
     average_decay: float = 0.99
     """Decay a step of the running average of the dense weights, which is validated and kept; 0 takes the last."""
     evaluate_every: int = 0

@@ -3,6 +3,8 @@
 Only this module knows DistributedModelParallel; one process is a world of one and runs the same code.
 """
 
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,6 +225,8 @@ def shard(model: EM3Model, config: Config, ranks: Ranks, cluster: Cluster) -> Sh
     module = DistributedModelParallel(
         module=model, device=ranks.device, plan=plan, sharders=_sharders(ranks.device.type)
     )
+    if config.train.compile_ranker:
+        _compile_ranker(model, ranks.device)
     dense_parameters = dict(in_backward_optimizer_filter(module.named_parameters()))
     dense = KeyedOptimizerWrapper(
         dense_parameters,
@@ -232,6 +236,17 @@ def shard(model: EM3Model, config: Config, ranks: Ranks, cluster: Cluster) -> Sh
     )
     optimizer = CombinedOptimizer([("tables", module.fused_optimizer), ("dense", dense)])
     return ShardedModel(module, optimizer, report, WeightAverage(dense_parameters, config.train.average_decay))
+
+
+def _compile_ranker(model: EM3Model, device: torch.device) -> None:
+    """Compile in place, so that the names of the parameters stay; nothing else of the model has fixed shapes."""
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise ConfigError(
+            f"--train.compile_ranker needs a C++ compiler ({' or '.join(compilers)}) on this CPU; install one or leave "
+            "the option off"
+        )
+    model.ranker.compile()
 
 
 def _fuse_optimizers(model: EM3Model, options: EmbeddingConfig, device: torch.device) -> None:
