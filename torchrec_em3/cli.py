@@ -15,7 +15,10 @@ COMMANDS = {
     "demo": "simulate a catalogue, train ID-only and EM3, and compare them in a report",
     "prepare": "turn raw files into a prepared folder: splits, histories, encoder tokens",
     "train": "train a model on a prepared folder",
+    "profile": "train a few steps and show where their time goes, by part of the model",
     "evaluate": "measure a trained run again",
+    "embed": "write the embeddings of all items, or of new ones, for search and serving",
+    "neighbours": "print the items nearest to one item, by content and by ID",
     "plan": "show how TorchRec's planner would shard the tables, also for a cluster that is not there",
     "report": "compare runs in one self-contained HTML file",
     "parts": "list the pluggable parts and their options",
@@ -24,7 +27,7 @@ EXIT_CODES = "exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 numeric, 6 pr
 
 
 def _help() -> str:
-    lines = [f"  {name:<10}{summary}" for name, summary in COMMANDS.items()]
+    lines = [f"  {name:<12}{summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
         [
             "usage: em3 COMMAND [options]        em3 COMMAND --help        em3 --version",

@@ -12,6 +12,7 @@ from torchrec_em3.errors import DataError
 from torchrec_em3.number_format import FILTERS
 from torchrec_em3.plots import dot_outline
 from torchrec_em3.report_maps import embedding_maps
+from torchrec_em3.report_neighbours import contact_sheet
 from torchrec_em3.report_sections import (
     config_differences,
     curves,
@@ -30,7 +31,7 @@ __all__ = ["write_report"]
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(runs: Sequence[Path], out: Path, data_folder: Path | None = None) -> Path:
+def write_report(runs: Sequence[Path], out: Path, data_folder: Path | None = None, images: Path | None = None) -> Path:
     """Write a page that compares runs; it needs neither network nor scripts.
 
     Whatever a run lacks, because it was stopped or is older, becomes a sentence on the page.
@@ -39,13 +40,17 @@ def write_report(runs: Sequence[Path], out: Path, data_folder: Path | None = Non
         runs: Run folders, in the order of the page. ID-only runs are what the others are compared with.
         out: HTML file to write, in place of any that is there.
         data_folder: Prepared folder of all runs, if it is not where they were trained on it.
+        images: Folder that the catalogue's pictures are relative to, to show items with their neighbours.
 
     Returns:
         `out`.
 
     Raises:
-        DataError: If a folder is not a run folder, or `data_folder` is given and not a prepared folder.
+        DataError: If a folder is not a run folder, `data_folder` is given and not a prepared folder, or `images` is
+            given and not a folder.
     """
+    if images is not None and not images.is_dir():
+        raise DataError(f"{images}: no such folder; give the one that the pictures were prepared from")
     records = read_records(runs)
     data, unread = _open_data(records, data_folder)
     page = (
@@ -60,6 +65,7 @@ def write_report(runs: Sequence[Path], out: Path, data_folder: Path | None = Non
             curves=curves(records),
             reliability=reliability(records),
             maps=embedding_maps(records, data),
+            sheet=contact_sheet(records, data, images),
             plans=plans(records),
             data=data_summaries(data),
             unread=unread,

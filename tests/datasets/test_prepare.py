@@ -167,7 +167,7 @@ def test_unusable_modalities_are_counted_and_masked(tmp_path: Path) -> None:
     }
     assert counts == {"text": [25, 5, 0], "image": [1, 27, 2]}
     assert meta["modalities"]["text"] | {"present": 0, "missing": 0} == {
-        **{"encoder": "tiny_text", "source": "tiny_text", "dim": 8, "encoder_dim": 8, "max_tokens": 6},
+        **{"encoder": "tiny_text", "options": {}, "source": "tiny_text", "dim": 8, "encoder_dim": 8, "max_tokens": 6},
         **{"present": 0, "missing": 0, "broken": 0},
     }
     data = PreparedData.open(tmp_path / "data")

@@ -18,8 +18,12 @@ def main(arguments: Sequence[str]) -> None:
         "--out", type=str, default="", help="File to write; report.html beside the first run by default."
     )
     parser.add_argument("--data", type=str, default="", help="Prepared folder, if it has moved since training.")
+    parser.add_argument(
+        "--images", type=str, default="", help="Folder the pictures were prepared from; shows items and neighbours."
+    )
     values = parser.parse(arguments)
     configure_logging(first_rank=True)
     runs = [Path(run) for run in values.runs]
     out = Path(values.out) if values.out else runs[0] / "report.html"
-    print(f"wrote {write_report(runs, out, Path(values.data) if values.data else None)}")
+    data, images = (Path(folder) if folder else None for folder in (values.data, values.images))
+    print(f"wrote {write_report(runs, out, data, images)}")

@@ -1,0 +1,136 @@
+"""Items that are new to a prepared folder: read, and turned to tokens by the encoders that the folder was made with.
+
+Row 0 is "unknown", as in a catalogue.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from torchrec_em3.components.encoders import image as _image  # noqa: F401  (registers its encoders)
+from torchrec_em3.components.encoders import text as _text  # noqa: F401
+from torchrec_em3.components.interfaces import TokenEncoder
+from torchrec_em3.datasets.movielens_catalogue import read_catalogue
+from torchrec_em3.datasets.prepared import PreparedData
+from torchrec_em3.datasets.raw import RawItems
+from torchrec_em3.datasets.tables import Layout, column_names, find_file, read_table
+from torchrec_em3.datasets.token_reduction import project_tokens
+from torchrec_em3.datasets.tokens import TokenStore, write_tokens
+from torchrec_em3.errors import ConfigError, DataError
+from torchrec_em3.registry import ENCODERS
+
+__all__ = ["encode_new_items", "read_new_items"]
+
+PICTURE_FOLDERS = ("posters", "images")
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+
+_ITEMS_CSV = Layout(",", quoted=True, renames=(("movie_id", "item_id"),))
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\s]+")
+
+
+def read_new_items(folder: Path) -> RawItems:
+    """Read `items.csv` and find the pictures beside it.
+
+    With a column `text` the text encoder reads that, as it stands. Without one the file is read as MovieLens items are:
+    the text is made of title, genres and plot.
+
+    Args:
+        folder: Holds `items.csv` (`item_id` and any of `title`, `text` or MovieLens' columns) and pictures by item id
+            in `posters/` or `images/`.
+
+    Returns:
+        The items in the order of the file; `image` is relative to `folder`.
+
+    Raises:
+        DataError: If there is no such file, it is malformed, or two items have the same id.
+    """
+    path = find_file(folder, "items.csv")
+    if path is None:
+        raise DataError(f"{folder}: no items.csv; it needs the columns item_id, title and text")
+    names = column_names(path, _ITEMS_CSV)
+    items = _read_texts(path, names) if "text" in names else read_catalogue(folder, np.array([], dtype=str))
+    pictures = _find_pictures(folder)
+    image = [named or pictures.get(item, "") for named, item in zip(items.image, items.item_id, strict=True)]
+    return replace(items, image=np.array(image, dtype=object))
+
+
+def encode_new_items(items: RawItems, folder: Path, data: PreparedData, out: Path, batch_size: int = 64) -> TokenStore:
+    """Write the tokens of new items as `em3 prepare` would have, had the items been there.
+
+    Args:
+        items: The items.
+        folder: What `items.image` is relative to.
+        data: The prepared folder, which names the encoders and holds the reductions; only read.
+        out: Where the tokens go, with one folder a modality; item i is row i + 1.
+        batch_size: Items that an encoder reads at a time.
+
+    Raises:
+        ConfigError: If an encoder is not to be had, or is not the one that made the folder's tokens.
+    """
+    # All encoders before any work, so that a wrong one costs none.
+    encoders = {name: _build_encoder(name, recorded) for name, recorded in sorted(data.meta["modalities"].items())}
+    inputs: dict[str, list[str | Path | None]] = {
+        "text": items.text.tolist(),
+        "image": [folder / name if name else None for name in items.image.tolist()],
+    }
+    for modality, encoder in encoders.items():
+        write_tokens(out / modality, encoder, [None, *inputs[modality]], batch_size)
+        directions = data.tokens_folder / modality / "reduction.npy"
+        if directions.is_file():
+            project_tokens(out / modality, np.load(directions))
+    return TokenStore(out)
+
+
+def _read_texts(path: Path, names: tuple[str, ...]) -> RawItems:
+    wanted = [name for name in ("item_id", "title", "text") if name in ("item_id", *names)]
+    columns = read_table(path, _ITEMS_CSV, dict.fromkeys(wanted, pa.string()), known=None).to_pydict()
+    seen: dict[str, int] = {}
+    for row, item_id in enumerate(columns["item_id"], 2):
+        if not item_id:
+            raise DataError(f"{path} row {row}: item_id is empty")
+        if item_id in seen:
+            raise DataError(f"{path} row {row}: item_id '{item_id}' stands in row {seen[item_id]} already; keep one")
+        seen[item_id] = row
+    nothing = [""] * len(seen)
+    return RawItems(
+        item_id=np.array(columns["item_id"], dtype=object),
+        title=np.array([_CONTROL.sub(" ", title) for title in columns.get("title", nothing)], dtype=object),
+        text=np.array(columns["text"], dtype=object),
+        image=np.array(nothing, dtype=object),
+        category=np.array(nothing, dtype=object),
+    )
+
+
+def _find_pictures(folder: Path) -> dict[str, str]:
+    """Return paths by item id; where both folders have one, that of the first stays."""
+    found: dict[str, str] = {}
+    for name in PICTURE_FOLDERS:
+        for path in sorted((folder / name).glob("*")):
+            if path.suffix.lower() in PICTURE_SUFFIXES:
+                found.setdefault(path.stem, f"{name}/{path.name}")
+    return found
+
+
+def _build_encoder(modality: str, recorded: Mapping[str, Any]) -> TokenEncoder:
+    """Return the encoder that made a folder's tokens; `recorded` is what its meta.json says of the modality."""
+    name, part = recorded["encoder"], ENCODERS.get(recorded["encoder"])
+    # Folders of before the options were recorded: a wrong guess shows below.
+    options = dict(recorded.get("options", {}))
+    source, _, commit = recorded["source"].rpartition("@")
+    if source and "revision" in part.options.__dataclass_fields__:
+        options["revision"] = commit
+    encoder: TokenEncoder = part.build(part.options(**options))
+    wanted = (recorded["source"], recorded.get("encoder_dim", recorded["dim"]), recorded["max_tokens"])
+    found = (encoder.source, encoder.dim, encoder.max_tokens)
+    if found != wanted:
+        says = "{0} with up to {2} tokens of width {1}".format
+        raise ConfigError(
+            f"{modality} encoder '{name}' is now {says(*found)}, but the data was prepared with {says(*wanted)}; "
+            "bring back those weights and options, or prepare the data and train again"
+        )
+    return encoder
