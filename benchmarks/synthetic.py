@@ -11,12 +11,14 @@ from torchrec_em3.datasets.raw import RawDataset, RawItems
 
 __all__ = ["write_synthetic"]
 
-TOKENS = {"text": (32, 384), "image": (16, 320)}
-"""Tokens and width of the default encoders."""
+TOKENS = {"text": (32, 128), "image": (16, 128)}
+"""Tokens of the default encoders and the width to which `em3 prepare` reduces them."""
 ZIPF_EXPONENT = 1.1
 
 
-def write_synthetic(out: Path, *, num_users: int, num_items: int, num_events: int, seed: int = 0) -> Path:
+def write_synthetic(
+    out: Path, *, num_users: int, num_items: int, num_events: int, seed: int = 0, tokens_of: Path | None = None
+) -> Path:
     """Write a prepared folder whose items are Zipf distributed, with token arrays of the default encoders' shapes.
 
     Args:
@@ -25,6 +27,7 @@ def write_synthetic(out: Path, *, num_users: int, num_items: int, num_events: in
         num_items: Items of the catalogue.
         num_events: Interactions.
         seed: Seed of everything.
+        tokens_of: Prepared folder with as many items, whose tokens are linked instead of writing new ones.
 
     Returns:
         `out`.
@@ -44,8 +47,11 @@ def write_synthetic(out: Path, *, num_users: int, num_items: int, num_events: in
     )
     prepare(raw, out, PrepareOptions(label_threshold=None, text_encoder="none", image_encoder="none"))
     meta = json.loads((out / "meta.json").read_text())
+    if tokens_of is not None:
+        (out / "tokens").symlink_to(tokens_of.resolve() / "tokens")
     for name, (count, dim) in TOKENS.items():
-        _write_tokens(out / "tokens" / name, num_items + 1, count, dim, random)
+        if tokens_of is None:
+            _write_tokens(out / "tokens" / name, num_items + 1, count, dim, random)
         meta["modalities"][name] = {
             "encoder": "random", "source": "random", "dim": dim, "max_tokens": count,
             "present": num_items, "missing": 0, "broken": 0,

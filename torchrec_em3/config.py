@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torchrec_em3.errors import ConfigError
 
-__all__ = ["NONE", "Config", "EmbeddingConfig", "LoaderConfig", "ModelConfig", "TrainConfig"]
+__all__ = ["NONE", "Config", "EmbeddingConfig", "LoaderConfig", "ModelConfig", "TableConfig", "TrainConfig"]
 
 NONE = "none"
 """Name that switches a pluggable part off."""
@@ -82,6 +82,23 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """What the planner may do with one table, an entry of `EmbeddingConfig.tables`; what is left out is as for all."""
+
+    sharding: tuple[Literal["table_wise", "row_wise", "column_wise"], ...] = ()
+    """Sharding types to choose from."""
+    kernels: tuple[Literal["fused", "fused_uvm_caching"], ...] = ()
+    """Kernels to choose from; fused_uvm_caching (CUDA) keeps the table in host memory and a cache on the device."""
+    cached_share: float | None = None
+    """Share of the rows that the cache of fused_uvm_caching holds; null: TorchRec's 0.2."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if self.cached_share is not None and not 0.0 < self.cached_share <= 1.0:
+            raise ConfigError(f"--embeddings.tables: cached_share is {self.cached_share}, must be in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmbeddingConfig:
     """Sharded tables and the optimizer that runs inside their backward pass."""
 
@@ -95,6 +112,8 @@ class EmbeddingConfig:
     """How tables are stored. CUDA rounds fp16 and bf16 stochastically, a CPU rounds fp16 to nearest and has no bf16."""
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise"] = "auto"
     """Sharding type of every table; auto lets the planner choose between table-wise and row-wise."""
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Constraints on single tables by name, for example item_table: the fields of TableConfig, above `sharding`."""
 
     def __post_init__(self) -> None:
         """Check the limits."""
@@ -128,12 +147,14 @@ class TrainConfig:
     """Steps between log lines."""
     keep_checkpoints: int = 1
     """Checkpoints kept besides the best one."""
+    step_timeout: float = 600.0
+    """Seconds after which a step that has not ended ends the job, with the stacks of all ranks; 0 waits for ever."""
 
     def __post_init__(self) -> None:
         """Check the limits."""
         for name in ("epochs", "patience", "log_every", "keep_checkpoints"):
             _at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("evaluate_every", "checkpoint_every", "learning_rate", "weight_decay"):
+        for name in ("evaluate_every", "checkpoint_every", "learning_rate", "weight_decay", "step_timeout"):
             _at_least(f"train.{name}", getattr(self, name), 0)
         if not 0.0 <= self.average_decay < 1.0:
             raise ConfigError(f"--train.average_decay is {self.average_decay}, must be in [0, 1)")

@@ -1,7 +1,7 @@
 """What the sharding planner decided: tables, shards and the estimated load of each rank, as JSON and as text."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -18,14 +18,25 @@ from torchrec.distributed.planner.types import (
 )
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
-__all__ = ["LOADS", "PlanReport", "format_bytes", "to_json", "to_text"]
+from torchrec_em3.plan_budget import Budget, BudgetReservation
+from torchrec_em3.plan_shortage import find_shortages
+from torchrec_em3.plan_text import format_bytes, to_text
+
+__all__ = ["LOADS", "TIMES", "PlanReport", "format_bytes", "to_json", "to_text"]
 
 LOADS = ("hbm_bytes", "ddr_bytes", "perf_ms")
 """Estimates of a shard and of a rank: memory on the device, memory of the host, time of one step."""
 
+MEMORIES = ("hbm", "ddr")
+
 PERF_PARTS = ("fwd_compute", "fwd_comms", "bwd_compute", "bwd_comms", "prefetch_compute", "input_dist_comms")
 
-MAX_RANK_ROWS = 16
+TIMES = {
+    "lookup_ms": ("fwd_compute", "prefetch_compute"),
+    "communication_ms": ("fwd_comms", "bwd_comms"),
+    "backward_ms": ("bwd_compute",),
+}
+"""What a rank's time is made of; the exchange of ids (input_dist_comms) is in no sum, as in TorchRec's own total."""
 
 
 class PlanReport(Stats):
@@ -62,7 +73,9 @@ class PlanReport(Stats):
     ) -> None:
         """Take over the outcome of one planning; called by the planner, with TorchRec's own arguments."""
         fits = bool(sharding_plan.plan)
-        ranks = _rank_loads(topology, storage_reservation, best_plan if fits else [])
+        left = storage_reservation.last_reserved_topology or topology
+        ranks = _rank_loads(left, best_plan if fits else [])
+        budget = storage_reservation.budget if isinstance(storage_reservation, BudgetReservation) else None
         self._plan = {
             "fits": fits,
             "world_size": topology.world_size,
@@ -72,9 +85,12 @@ class PlanReport(Stats):
             "planning_seconds": run_time,
             "proposals": num_proposals,
             "plans": num_plans,
+            "memory_bytes": {kind: getattr(topology.devices[0].storage, kind) for kind in MEMORIES},
+            "budget": budget.as_dict() if budget else None,
             "tables": [_table(option, fits) for option in best_plan],
             "ranks": ranks,
             "imbalance": {load: _imbalance([rank[load] for rank in ranks]) if fits else None for load in LOADS},
+            "shortages": [] if fits else _shortages(left, budget, enumerator),
         }
         text = EmbeddingStats()
         text.log(
@@ -100,12 +116,14 @@ class PlanReport(Stats):
 
         Returns:
             `fits`; `world_size`, `local_world_size` (ranks a host), `device`, `batch_size` (a rank);
-            `planning_seconds`, `proposals` tried and `plans` that fitted; `tables`, each with `fqn`, `rows`, `dim`,
-            `features`, `pooling_factors`, `sharding_type`, `compute_kernel`, `weight_bytes`, the sums of its shards'
-            loads and `shards`; `ranks`, each with its loads, `num_shards` and what it has for tables
-            (`hbm_available_bytes`, `ddr_available_bytes`); `imbalance`, the largest rank over the mean by load (1 is
-            even, None where there is no load); `torchrec_text`, TorchRec's own statistics. Only `fits`, `tables`,
-            `ranks` and `imbalance` are there before any planning.
+            `planning_seconds`, `proposals` tried and `plans` that fitted; `memory_bytes` of a rank ("hbm", "ddr");
+            `budget`, `Budget.as_dict()` or None; `tables`, each with `fqn`, `rows`, `dim`, `features`,
+            `pooling_factors`, `sharding_type`, `compute_kernel`, `weight_bytes`, the sums of its shards' loads and
+            `shards`; `ranks`, each with its loads, the parts of its time (see `TIMES`), `num_shards` and what it has
+            for tables (`hbm_available_bytes`, `ddr_available_bytes`); `imbalance`, the largest rank over the mean by
+            load (1 is even, None where there is no load); `shortages` (see `find_shortages`), empty where it fits;
+            `torchrec_text`, TorchRec's own statistics. Only `fits`, `tables`, `ranks` and `imbalance` are there before
+            any planning.
         """
         return self._plan
 
@@ -117,38 +135,6 @@ class PlanReport(Stats):
 def to_json(plan: Mapping[str, Any]) -> str:
     """Return `PlanReport.as_dict()` as JSON, the content of a run's `plan.json`."""
     return json.dumps(plan, indent=1, allow_nan=False)
-
-
-def to_text(plan: Mapping[str, Any]) -> str:
-    """Return the plan as text: a line a table, a line a rank, and how even the load is.
-
-    Args:
-        plan: `PlanReport.as_dict()`, or the same read back from JSON.
-    """
-    if "world_size" not in plan:
-        return "No sharding plan: the model has no tables to shard."
-    hosts = -(-plan["world_size"] // plan["local_world_size"])
-    lines = [
-        f"Sharding plan for {plan['world_size']} x {plan['device']} on {hosts} host{'s' * (hosts > 1)}, "
-        f"batch {plan['batch_size']} a rank ({plan['proposals']} proposals, {plan['planning_seconds']:.1f} s)"
-    ]
-    if not plan["fits"]:
-        lines += ["", _shortage(plan)]
-    lines += ["", *_aligned_columns(_table_rows(plan["tables"]))]
-    if plan["fits"]:
-        lines += ["", *_aligned_columns(_rank_rows(plan["ranks"])), "", _imbalance_line(plan["imbalance"])]
-    return "\n".join(lines)
-
-
-def format_bytes(count: float) -> str:
-    """Return a byte count with three significant digits and a binary unit."""
-    size, units = float(count), iter(("B", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while size >= 999.5 and unit != "TiB":
-        size, unit = size / 1024, next(units)
-    if unit == "B" or size >= 99.95:
-        return f"{size:.0f} {unit}"
-    return f"{size:.{1 if size >= 9.995 else 2}f} {unit}"
 
 
 def _loads(shard: Shard) -> dict[str, float]:
@@ -194,14 +180,12 @@ def _table(option: ShardingOption, fits: bool) -> dict[str, Any]:
     }
 
 
-def _rank_loads(
-    topology: Topology, reservation: StorageReservation, options: Sequence[ShardingOption]
-) -> list[dict[str, Any]]:
-    available = reservation.last_reserved_topology or topology
+def _rank_loads(available: Topology, options: Sequence[ShardingOption]) -> list[dict[str, Any]]:
     ranks: list[dict[str, Any]] = [
         {
             "rank": rank,
             **dict.fromkeys(LOADS, 0),
+            **dict.fromkeys(TIMES, 0.0),
             "num_shards": 0,
             "hbm_available_bytes": device.storage.hbm,
             "ddr_available_bytes": device.storage.ddr,
@@ -214,97 +198,21 @@ def _rank_loads(
         row["num_shards"] += 1
         for load, value in _loads(shard).items():
             row[load] += value
+        for time, parts in TIMES.items():
+            row[time] += sum(float(getattr(shard.perf, part, 0.0)) for part in parts)
     return ranks
+
+
+def _shortages(left: Topology, budget: Budget | None, enumerator: Enumerator | None) -> list[dict[str, Any]]:
+    fixed = dict.fromkeys(MEMORIES, 0)
+    if budget is not None:
+        fixed["hbm" if left.compute_device == "cuda" else "ddr"] = budget.bank_bytes + budget.dense_bytes
+    available = {kind: getattr(left.devices[0].storage, kind) + fixed[kind] for kind in MEMORIES}
+    # The type of the hook is broader than what TorchRec's planner calls it with.
+    search_space = getattr(enumerator, "last_stored_search_space", None) or []
+    return find_shortages(search_space, available, fixed, left.world_size)
 
 
 def _imbalance(loads: Sequence[float]) -> float | None:
     total = sum(loads)
     return max(loads) * len(loads) / total if total > 0 else None
-
-
-def _imbalance_line(imbalance: Mapping[str, float | None]) -> str:
-    names = dict(zip(LOADS, ("device memory", "host memory", "time"), strict=True))
-    parts = [f"{names[load]} {value:.2f}" for load, value in imbalance.items() if value is not None]
-    return "Largest rank over mean: " + ", ".join(parts)
-
-
-def _shortage(plan: Mapping[str, Any]) -> str:
-    weights = sum(table["weight_bytes"] for table in plan["tables"])
-    parts = []
-    for load, memory in (("hbm", "device"), ("ddr", "host")):
-        need = sum(table[f"{load}_bytes"] for table in plan["tables"])
-        have = sum(rank[f"{load}_available_bytes"] for rank in plan["ranks"])
-        parts.append(f"{format_bytes(need)} of {format_bytes(have)} {memory} memory")
-    return (
-        f"Nothing fits. The weights alone take {format_bytes(weights)}; with replicas, optimizer, inputs and outputs "
-        f"the last attempt took {' and '.join(parts)} left after reservations.\n"
-        "Use more ranks, more memory, smaller tables or fewer constraints. The last attempt:"
-    )
-
-
-def _table_rows(tables: Iterable[Mapping[str, Any]]) -> list[list[str]]:
-    rows = [["table", "rows", "dim", "sharding", "kernel", "shards", "ranks", "device mem", "host mem", "max ms"]]
-    for table in tables:
-        holders = sorted({shard["rank"] for shard in table["shards"] if shard["rank"] is not None})
-        rows.append(
-            [
-                table["fqn"],
-                f"{table['rows']:,}",
-                str(table["dim"]),
-                table["sharding_type"],
-                table["compute_kernel"],
-                str(len(table["shards"])),
-                _spans(holders),
-                format_bytes(table["hbm_bytes"]),
-                format_bytes(table["ddr_bytes"]),
-                f"{_slowest_rank_ms(table['shards']):.3g}",
-            ]
-        )
-    return rows
-
-
-def _slowest_rank_ms(shards: Iterable[Mapping[str, Any]]) -> float:
-    by_rank: dict[Any, float] = {}
-    for place, shard in enumerate(shards):
-        holder = f"shard {place}" if shard["rank"] is None else shard["rank"]
-        by_rank[holder] = by_rank.get(holder, 0.0) + shard["perf_ms"]
-    return max(by_rank.values(), default=0.0)
-
-
-def _spans(ranks: Sequence[int]) -> str:
-    """Return sorted ranks as "0-7, 12", shortened after the third span."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    words = [f"{first}-{last}" if last > first else str(first) for first, last in spans]
-    return ", ".join(words[:3]) + (", ..." if len(words) > 3 else "") or "-"
-
-
-def _rank_rows(ranks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return one row for all ranks with the same load, the slowest first."""
-    alike: dict[tuple[str, ...], list[int]] = {}
-    for rank in sorted(ranks, key=lambda rank: -rank["perf_ms"]):
-        memory = format_bytes(rank["hbm_bytes"]), format_bytes(rank["ddr_bytes"])
-        alike.setdefault((str(rank["num_shards"]), *memory, f"{rank['perf_ms']:.3g}"), []).append(rank["rank"])
-    rows = [["ranks", "shards", "device mem", "host mem", "ms"]]
-    rows += [[_spans(sorted(members)), *cells] for cells, members in list(alike.items())[:MAX_RANK_ROWS]]
-    hidden = sum(map(len, list(alike.values())[MAX_RANK_ROWS:]))
-    return rows + [[f"... and {hidden} faster ranks"]] * (hidden > 0)
-
-
-def _aligned_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Pad cells to columns: numbers to the right, words to the left; the last line may be a single remark."""
-    full = [row for row in rows if len(row) == len(rows[0])]
-    widths = [max(len(row[i]) for row in full) for i in range(len(rows[0]))]
-    words = {i for i, name in enumerate(rows[0]) if name in ("table", "sharding", "kernel", "ranks")}
-    lines = []
-    for row in rows:
-        if len(row) < len(rows[0]):
-            lines.append(row[0])
-            continue
-        padded = [row[i].ljust(w) if i in words else row[i].rjust(w) for i, w in enumerate(widths)]
-        lines.append("  ".join(padded).rstrip())
-    return lines

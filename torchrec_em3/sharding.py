@@ -17,12 +17,12 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.planners import PlannerError
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import HardwareConfig, KernelConfig, TopologyFactory, TrainerConfig
+from torchrec.distributed.planner.proposers import GreedyProposer, GridSearchProposer, UniformProposer
 from torchrec.distributed.tensor_pool import TensorPoolSharder
 from torchrec.distributed.types import (
+    CacheParams,
     ModuleSharder,
     ObjectPoolShardingPlan,
     ObjectPoolShardingType,
@@ -35,20 +35,24 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_em3.components.embeddings import ItemEmbedding, UserEmbedding
-from torchrec_em3.config import Config, EmbeddingConfig
+from torchrec_em3.config import Config, EmbeddingConfig, TableConfig
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.model import EM3Model
+from torchrec_em3.parsing import parse_options
+from torchrec_em3.plan_budget import BudgetReservation, model_budget
 from torchrec_em3.plan_report import PlanReport
 from torchrec_em3.process_group import Ranks
+from torchrec_em3.registry import closest
+from torchrec_em3.topology import Cluster
 from torchrec_em3.weight_average import WeightAverage
 
-__all__ = ["Cluster", "ShardedModel", "make_plan", "shard"]
+__all__ = ["Cluster", "ShardedModel", "estimate", "make_plan", "shard"]
 
-GIB = 1024**3
-RESERVED_SHARE = 0.15
-"""Share of each rank's memory that the plan leaves to activations and dense parts."""
 ADAGRAD_EPSILON = 1e-8
 """Given explicitly: fbgemm's default and the eager optimizer's differ, and with them the weights."""
+GRID_SHARDS = 10_000
+"""The planner tries all combinations of the tables' options if they, times the ranks, are at most this many, which is
+TorchRec's limit at one rank; otherwise it searches greedily, which takes seconds in place of minutes."""
 _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adagrad": torch.optim.Adagrad,
@@ -58,42 +62,6 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 _AUTO = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value)
 """What the planner may choose from by itself. Under column-wise sharding row-wise Adagrad keeps a state for each column
 shard, so results would depend on the number of ranks."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """The machines that a plan is made for.
-
-    Attributes:
-        world_size: Number of ranks.
-        local_world_size: Ranks on one machine.
-        device: "cpu" or "cuda".
-        hbm_gb: Memory of one accelerator; ignored on CPU.
-        ddr_gb: Host memory of one rank.
-    """
-
-    world_size: int = 1
-    local_world_size: int = 1
-    device: str = "cpu"
-    hbm_gb: float = 80.0
-    ddr_gb: float = 16.0
-
-    def __post_init__(self) -> None:
-        """Check that the ranks fill whole machines."""
-        if self.world_size < 1 or self.local_world_size < 1 or self.world_size % self.local_world_size:
-            raise ConfigError(
-                f"--world_size {self.world_size} must be a positive multiple of "
-                f"--local_world_size {self.local_world_size}"
-            )
-
-    def topology(self) -> Topology:
-        """Return TorchRec's description of the cluster."""
-        cuda = self.device == "cuda"
-        return TopologyFactory.create_topology(
-            TrainerConfig(world_size=self.world_size, local_world_size=self.local_world_size),
-            HardwareConfig(hbm_cap_bytes=int(self.hbm_gb * GIB) if cuda else 0, ddr_cap_bytes=int(self.ddr_gb * GIB)),
-            KernelConfig(compute_device=self.device),
-        )
 
 
 class _CpuBagSharder(EmbeddingBagCollectionSharder):
@@ -126,28 +94,75 @@ def _constraints(model: EM3Model, config: Config, device: str) -> dict[str, Para
     kernels = [EmbeddingComputeKernel.FUSED.value]
     if device == "cuda":
         kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
+    single = config.embeddings.tables
     history = float(config.loader.max_history)
     constraints = {}
     for module in model.modules():
         if isinstance(module, UserEmbedding | ItemEmbedding):
             pooling = [1.0, history] if isinstance(module, ItemEmbedding) else [1.0]
             for name in module.table_names:
+                table = parse_options(TableConfig, single.get(name, {}), f"embeddings.tables.{name}")
                 constraints[name] = ParameterConstraints(
-                    sharding_types=types, compute_kernels=kernels, pooling_factors=pooling
+                    sharding_types=list(table.sharding) or types,
+                    compute_kernels=list(table.kernels) or kernels,
+                    pooling_factors=pooling,
+                    cache_params=None if table.cached_share is None else CacheParams(load_factor=table.cached_share),
                 )
+    for name in single.keys() - constraints.keys():
+        raise ConfigError(
+            f"--embeddings.tables names '{name}', which the model does not have; "
+            f"tables: {', '.join(constraints)}.{closest(name, list(constraints))}"
+        )
     return constraints
 
 
-def make_plan(
-    model: EM3Model, config: Config, cluster: Cluster, ranks: Ranks | None = None
-) -> tuple[ShardingPlan, PlanReport]:
-    """Let TorchRec's planner place the tables, and add the content bank, which the planner does not know.
+def _planner(model: EM3Model, config: Config, cluster: Cluster, report: PlanReport) -> EmbeddingShardingPlanner:
+    return EmbeddingShardingPlanner(
+        topology=cluster.topology(),
+        batch_size=config.loader.batch_size,
+        constraints=_constraints(model, config, cluster.device),
+        storage_reservation=BudgetReservation(model_budget(model, cluster.world_size)),
+        proposer=[
+            GridSearchProposer(max_proposals=GRID_SHARDS // cluster.world_size),
+            GreedyProposer(),
+            GreedyProposer(use_depth=False),
+            UniformProposer(),
+        ],
+        stats=report.stats,
+    )
+
+
+def estimate(model: EM3Model, config: Config, cluster: Cluster) -> PlanReport:
+    """Plan for machines that need not exist, without a process group; the report may say that nothing fits.
+
+    Args:
+        model: The model, tables on meta and not fused yet: the state of their optimizer counts.
+        config: The run's options.
+        cluster: The machines.
+
+    Raises:
+        ConfigError: If a table's constraints leave no way to shard it, or the optimizer does not run on the device.
+    """
+    report = PlanReport()
+    _fuse_optimizers(model, config.embeddings, torch.device(cluster.device))
+    try:
+        _planner(model, config, cluster, report).plan(model, _sharders(cluster.device))
+    except PlannerError as error:
+        if report.as_dict()["fits"]:
+            raise _no_plan(config, cluster, error) from error
+    except RuntimeError as error:
+        raise _no_plan(config, cluster, error) from error
+    return report
+
+
+def make_plan(model: EM3Model, config: Config, cluster: Cluster, ranks: Ranks) -> tuple[ShardingPlan, PlanReport]:
+    """Let TorchRec's planner place the tables, and add the content bank, which the planner does not know. Collective.
 
     Args:
         model: The model, tables on meta.
         config: The run's options.
-        cluster: The machines; need not exist unless `ranks` is given.
-        ranks: If given, all ranks call this together and receive rank 0's plan.
+        cluster: The machines that run this job.
+        ranks: This process among its peers; all receive rank 0's plan.
 
     Returns:
         The plan and its report.
@@ -156,26 +171,23 @@ def make_plan(
         ConfigError: If the tables do not fit or a sharding type does not suit them.
     """
     report = PlanReport()
-    planner = EmbeddingShardingPlanner(
-        topology=cluster.topology(),
-        batch_size=config.loader.batch_size,
-        constraints=_constraints(model, config, cluster.device),
-        storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
-        stats=[report],
-    )
-    sharders = _sharders(cluster.device)
+    planner = _planner(model, config, cluster, report)
     try:
-        plan = planner.plan(model, sharders) if ranks is None else planner.collective_plan(model, sharders, ranks.group)
+        plan = planner.collective_plan(model, _sharders(cluster.device), ranks.group)
     except (PlannerError, RuntimeError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"no sharding plan for {cluster.world_size} x {cluster.device} with --embeddings.sharding "
-            f"{config.embeddings.sharding}: {first_line}"
-        ) from error
+        raise _no_plan(config, cluster, error) from error
     for name, module in model.named_modules():
         if isinstance(module, TensorPool):
             plan.plan[name] = ObjectPoolShardingPlan(ObjectPoolShardingType.ROW_WISE)
     return plan, report
+
+
+def _no_plan(config: Config, cluster: Cluster, error: Exception) -> ConfigError:
+    first_line = str(error).strip().splitlines()[0]
+    return ConfigError(
+        f"no sharding plan for {cluster.world_size} x {cluster.device} with --embeddings.sharding "
+        f"{config.embeddings.sharding}: {first_line}"
+    )
 
 
 @dataclass(frozen=True)
