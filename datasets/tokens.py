@@ -5,6 +5,7 @@ Shape letters: N catalogue rows, U rows asked for, n rows of a chunk, T tokens o
 
 import json
 import logging
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,6 +169,8 @@ class _Modality:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             # "c": pages are private copies, so that torch accepts the array; the file is never written.
             tokens = np.load(folder / "tokens.npy", mmap_mode="c", allow_pickle=False)
+            # Rows are read in no order: without this the kernel maps ten times the pages that a step asks for.
+            tokens._mmap.madvise(mmap.MADV_RANDOM)
             lengths = np.load(folder / "lengths.npy", allow_pickle=False)
             present = np.load(folder / "present.npy", allow_pickle=False)
             announced = (len(lengths), meta["max_tokens"], meta["dim"])

@@ -1,6 +1,6 @@
 """What content towers do first with the tokens of a modality.
 
-Shape letters: U items, T tokens, I width of a token, D width of the model, N valid tokens of all items.
+Shape letters: U items, T tokens, I width of a token, D width of the model.
 """
 
 import torch
@@ -13,8 +13,6 @@ __all__ = ["TokenProjection", "inverse_rms", "masked_mean", "without_filler"]
 
 SMALLEST_RMS = 1e-6
 """Keeps a token of zeros finite."""
-PACK_BELOW = 0.8
-"""Share of valid tokens under which copying them together costs less than projecting the invalid ones too."""
 
 
 class TokenProjection(nn.Module):
@@ -39,19 +37,10 @@ class TokenProjection(nn.Module):
 
     def forward(self, tokens: ModalityTokens) -> Keys:
         """Return the projected tokens [U, T, D] with their mask; finite everywhere."""
-        tokens_UTI, valid_UT = tokens
+        tokens_UTI, norm_UT1 = without_filler(tokens)
         mark_TD = self.modality_D + self.position_TD[: tokens_UTI.shape[1]]
-        if int(valid_UT.sum()) < PACK_BELOW * valid_UT.numel():
-            index_N = valid_UT.flatten().nonzero().squeeze(1)
-            tokens_NI = tokens_UTI.flatten(0, 1).index_select(0, index_N)
-            rows_ND = self._project(tokens_NI) * inverse_rms(_norm(tokens_NI), tokens_NI.shape[1])
-            empty = rows_ND.new_zeros(valid_UT.numel(), rows_ND.shape[1])
-            rows_UTD = empty.index_copy(0, index_N, rows_ND).view(*valid_UT.shape, rows_ND.shape[1]) + mark_TD
-        else:
-            tokens_UTI, norm_UT1 = without_filler(tokens)
-            scale_UT1 = inverse_rms(norm_UT1, tokens_UTI.shape[2])
-            rows_UTD = torch.addcmul(mark_TD, self._project(tokens_UTI), scale_UT1)
-        return Keys(rows_UTD, valid_UT)
+        scale_UT1 = inverse_rms(norm_UT1, tokens_UTI.shape[2])
+        return Keys(torch.addcmul(mark_TD, self._project(tokens_UTI), scale_UT1), tokens.valid_UT)
 
     def _project(self, tokens: Tensor) -> Tensor:
         """Return the linear map of tokens [..., I], in their own precision."""
