@@ -2,10 +2,11 @@
 
 A save writes into a folder with a temporary name, lists every file with its SHA-256 in `manifest.json`, and then
 renames the folder to `step-N`. A load verifies the manifest before it reads anything else, because
-torch.distributed.checkpoint neither notices a flipped bit nor refuses a pickle that it should not open.
+torch.distributed.checkpoint neither notices a flipped bit nor refuses a pickle that it should not open. A checkpoint
+that does not pass is renamed to `broken-step-N` and never read again. docs/reliability.md says what happens on which
+fault.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -17,8 +18,13 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from torchrec_em3 import checkpoint_manifest as manifest
+from torchrec_em3.checkpoint_manifest import METADATA_FILE, PROGRESS_FILE, Digest, OtherFormat
+from torchrec_em3.checkpoint_metadata import MetadataReader, check_metadata
 from torchrec_em3.errors import CheckpointError
+from torchrec_em3.faults import fault_point
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import write_json
 from torchrec_em3.sharding import ShardedModel
@@ -26,7 +32,6 @@ from torchrec_em3.sharding import ShardedModel
 __all__ = ["CheckpointFolder"]
 
 logger = logging.getLogger(__name__)
-FORMAT_VERSION = 1
 
 
 class CheckpointFolder:
@@ -36,6 +41,8 @@ class CheckpointFolder:
         """Use `folder`, which need not exist yet."""
         self.folder = folder
         self._ranks = ranks
+        self._good: set[int] = set()
+        """Steps that this process has saved or found to be whole."""
 
     def steps(self) -> list[int]:
         """Return the steps with a complete checkpoint, in increasing order."""
@@ -45,6 +52,85 @@ class CheckpointFolder:
     def path(self, step: int) -> Path:
         """Return the folder of a step's checkpoint."""
         return self.folder / f"step-{step}"
+
+    def was_used(self) -> bool:
+        """Return whether a checkpoint was ever saved here, even if it has been set aside since."""
+        return bool(self.steps()) or any(self.folder.glob("broken-step-*"))
+
+    def newest_good(self) -> int:
+        """Return the newest step whose checkpoint is whole, and set newer ones aside. Collective.
+
+        Raises:
+            CheckpointError: If there is none.
+        """
+        steps: list[int] = self._ranks.broadcast(self.steps())
+        for step in reversed(steps):
+            if self.is_good(step):
+                return step
+        raise CheckpointError(
+            f"no checkpoint is left in {self.folder}: all {len(steps)} are broken; "
+            "restore one from a copy or train again with --overwrite"
+            if steps
+            else f"no checkpoint in {self.folder}; did training reach one?"
+        )
+
+    def best_good(self) -> int:
+        """Return the step of the best validation, or the newest good one in its place. Collective.
+
+        Raises:
+            CheckpointError: If no checkpoint is whole.
+        """
+        newest = self.newest_good()
+        best = int(self.progress(newest)["best_step"])
+        if best in (newest, -1):
+            return newest
+        if self.is_good(best):
+            return best
+        logger.warning("the best checkpoint, step %d, is lost; step %d is used in its place", best, newest)
+        return newest
+
+    def is_good(self, step: int) -> bool:
+        """Return whether the checkpoint of `step` exists and is whole; a broken one is set aside. Collective."""
+        if not self._ranks.broadcast(self.path(step).is_dir()):
+            return False
+        problem = self._problem(step)
+        if problem and self._ranks.is_first:
+            logger.warning("%s; %s", problem, self._set_aside(step))
+        self._ranks.barrier()
+        return problem is None
+
+    def _problem(self, step: int) -> str | None:
+        """Return what is wrong with a checkpoint, if anything. Collective; each rank reads its share of the files."""
+        folder, problem = self.path(step), None
+        try:
+            names = sorted(manifest.read_manifest(folder))
+            manifest.verify(folder, names[self._ranks.rank :: self._ranks.world_size])
+        except OtherFormat:  # the same on each rank; nothing is broken, so nothing may be set aside
+            raise
+        except CheckpointError as error:
+            problem = str(error)
+        problems = self._ranks.gather(problem)
+        if problems is not None:
+            problem = next(filter(None, problems), None)
+            if problem is None:
+                try:
+                    check_metadata(folder)
+                except CheckpointError as error:
+                    problem = str(error)
+        problem = self._ranks.broadcast(problem)
+        if problem is None:
+            self._good.add(step)
+        return problem
+
+    def _set_aside(self, step: int) -> str:
+        """Rename a broken checkpoint, so that it is not found again, and return what became of it."""
+        broken = self.folder / f"broken-step-{step}"
+        try:
+            shutil.rmtree(broken, ignore_errors=True)
+            os.rename(self.path(step), broken)
+        except OSError as error:
+            return f"the checkpoint could not be renamed ({error.strerror}) and is passed over"
+        return f"the checkpoint is set aside as {broken.name}"
 
     def save(self, step: int, sharded: ShardedModel, progress: Mapping[str, Any]) -> None:
         """Write a checkpoint of `step`. Collective.
@@ -63,21 +149,27 @@ class CheckpointFolder:
         temporary = self.folder / f".step-{step}.tmp"
         if self._ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
         self._ranks.barrier()
         state = {**_tensors(sharded), **_random_state(self._ranks)}
+        values = {"step": step, "world_size": self._ranks.world_size, **progress}
+        problem = None
         try:
-            state_dict_saver.save(state, checkpoint_id=temporary)
+            writer = _Writer(temporary)
+            state_dict_saver.save(state, storage_writer=writer)
+            gathered = self._ranks.gather(writer.digests)
+            if gathered is not None:
+                _complete(temporary, values, {name: found for part in gathered for name, found in part.items()})
+                os.rename(temporary, final)
+                manifest.sync(self.folder)
         except (CheckpointException, OSError) as error:
-            raise CheckpointError(
-                f"cannot write checkpoint {final}: {_one_line(error)}; earlier checkpoints are kept"
-            ) from error
-        if self._ranks.is_first:
-            write_json(temporary / "progress.json", {"step": step, "world_size": self._ranks.world_size, **progress})
-            _write_manifest(temporary)
-            os.rename(temporary, final)
-            _sync(self.folder)
-        self._ranks.barrier()
+            problem = _one_line(error)
+        problem = self._ranks.broadcast(problem)
+        if problem:
+            if self._ranks.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"cannot write checkpoint {final}: {problem}; earlier checkpoints are kept")
+        self._good.add(step)
+        fault_point("save.done")
 
     def load(self, step: int, sharded: ShardedModel, *, optimizer: bool = True) -> dict[str, Any]:
         """Load the checkpoint of `step` into `sharded` and return its progress values. Collective.
@@ -94,16 +186,10 @@ class CheckpointFolder:
             CheckpointError: If the checkpoint is missing, damaged or of another model.
         """
         folder = self.path(step)
-        problem = None
-        if self._ranks.is_first:
-            try:
-                _verify_manifest(folder)
-            except CheckpointError as error:
-                problem = str(error)
-        problem = self._ranks.broadcast(problem)
+        problem = self._problem(step)
         if problem:
-            raise CheckpointError(problem)
-        progress: dict[str, Any] = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+            raise CheckpointError(f"{problem}; use another checkpoint")
+        progress = self.progress(step)
         if optimizer:
             sharded.optimizer.optimizers[1][1].init_state()
         state = _tensors(sharded, optimizer=optimizer)
@@ -111,9 +197,10 @@ class CheckpointFolder:
         random_state = _random_state(self._ranks) if same_ranks and optimizer else {}
         state.update(random_state)
         try:
-            state_dict_loader.load(state, checkpoint_id=folder)
+            state_dict_loader.load(state, storage_reader=MetadataReader(folder))
         except CheckpointException as error:
             raise CheckpointError(f"checkpoint {folder} does not fit this model: {_one_line(error)}") from error
+        fault_point("load")
         sharded.module.load_state_dict(state["model"])
         if optimizer:
             sharded.optimizer.load_state_dict(state["optimizer"])
@@ -122,13 +209,61 @@ class CheckpointFolder:
         _restore_random_state(random_state)
         return progress
 
+    def progress(self, step: int) -> dict[str, Any]:
+        """Return the plain values that were saved with a checkpoint."""
+        values: dict[str, Any] = json.loads((self.path(step) / PROGRESS_FILE).read_text(encoding="utf-8"))
+        return values
+
     def retain(self, keep: set[int], newest: int) -> None:
-        """Remove all checkpoints but the steps in `keep` and the `newest` last ones. Call after a successful save."""
+        """Remove what saves that were cut off have left, and checkpoints that are not needed.
+
+        Args:
+            keep: Steps to keep whatever their age.
+            newest: How many of the last ones to keep; the last one known to be whole is kept in any case.
+        """
         if not self._ranks.is_first:
             return
-        for step in self.steps()[:-newest]:
-            if step not in keep:
+        steps = self.steps()
+        kept = {*keep, *steps[-newest:], *sorted(self._good.intersection(steps))[-1:]}
+        for step in steps:
+            if step not in kept:
                 shutil.rmtree(self.path(step), ignore_errors=True)
+        for leftover in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer of a checkpoint folder, which also reads back what this rank has written.
+
+    What goes wrong in these methods on one rank, torch raises on all of them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._folder = folder
+        self.digests: dict[str, Digest] = {}
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        fault_point("save.start")
+        written = super().write_data(plan, planner)
+        for path in self._folder.glob(f"__{self.rank}_*.distcp"):
+            self.digests[path.name] = manifest.digest(path)
+        fault_point("save.shard")
+        return written
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        super().finish(metadata, results)
+        fault_point("save.metadata")
+
+
+def _complete(folder: Path, progress: Mapping[str, Any], digests: dict[str, Digest]) -> None:
+    """Add what makes the files that all ranks have written a checkpoint."""
+    write_json(folder / PROGRESS_FILE, progress)
+    manifest.sync(folder / PROGRESS_FILE)
+    fault_point("save.progress")
+    own = {name: manifest.digest(folder / name) for name in (METADATA_FILE, PROGRESS_FILE)}
+    manifest.write_manifest(folder, digests | own)
+    fault_point("save.manifest")
 
 
 def _tensors(sharded: ShardedModel, *, optimizer: bool = True) -> dict[str, Any]:
@@ -156,45 +291,3 @@ def _restore_random_state(state: Mapping[str, torch.Tensor]) -> None:
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for path in sorted(folder.iterdir()):
-        _sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
-    _sync(folder / "manifest.json")
-    _sync(folder)
-
-
-def _verify_manifest(folder: Path) -> None:
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"no checkpoint at {folder}; is this the run folder, and did training reach a checkpoint?"
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, files = manifest["format_version"], manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({_one_line(error)}); use another checkpoint") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; train again")
-    for name, expected in files.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
-            raise CheckpointError(f"{file} does not match its SHA-256 in manifest.json; use another checkpoint")

@@ -23,7 +23,7 @@ COMMANDS = {
     "report": "compare runs in one self-contained HTML file",
     "parts": "list the pluggable parts and their options",
 }
-EXIT_CODES = "exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 numeric, 6 preempted (checkpoint saved)"
+EXIT_CODES = "exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 numeric, 6 preempted (checkpoint saved), 7 hung step"
 
 
 def _help() -> str:

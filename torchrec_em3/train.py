@@ -20,12 +20,14 @@ from torchrec_em3.checkpoint import CheckpointFolder
 from torchrec_em3.config import Config
 from torchrec_em3.datasets.loader import BatchStream, batch_loader
 from torchrec_em3.datasets.prepared import PreparedData
-from torchrec_em3.errors import CheckpointError, NumericError, Preempted
+from torchrec_em3.errors import NumericError, Preempted
 from torchrec_em3.evaluate import evaluate_split
+from torchrec_em3.faults import fault_point
 from torchrec_em3.model import Output
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import RunLog
 from torchrec_em3.sharding import ShardedModel
+from torchrec_em3.watchdog import StepWatchdog
 
 __all__ = ["CheckedPipeline", "Progress", "Trainer"]
 
@@ -45,6 +47,7 @@ class Progress:
         best_step: Step of the best validation; -1 before the first.
         best_value: Its metric, larger is better; None before the first.
         stale_validations: Validations since then.
+        validated_step: Step of the last validation; -1 before the first.
     """
 
     epoch: int = 0
@@ -55,6 +58,7 @@ class Progress:
     best_step: int = -1
     best_value: float | None = None
     stale_validations: int = 0
+    validated_step: int = -1
 
 
 class CheckedPipeline(TrainPipelineBase[Batch, Output]):
@@ -79,7 +83,9 @@ class CheckedPipeline(TrainPipelineBase[Batch, Output]):
         self.stop_agreed = not go_on
         if not finite:
             raise NumericError(f"loss is {float(losses.detach())} on rank {self._ranks.rank}")
+        fault_point("backward")
         losses.backward()  # type: ignore[no-untyped-call]
+        fault_point("optimizer")
 
 
 class _Averages:
@@ -126,6 +132,7 @@ class Trainer:
             seed=config.seed,
         )
         self._pipeline = CheckedPipeline(sharded, ranks)
+        self._watchdog = StepWatchdog(config.train.step_timeout, ranks.rank)
         self._log = RunLog(run, ranks.is_first)
         self._averages = _Averages()
 
@@ -141,7 +148,7 @@ class Trainer:
         """
         if resume:
             self._resume()
-        with self._stop_on_sigterm():
+        with self._stop_on_sigterm(), self._watchdog:
             while self.progress.epoch < self._config.train.epochs and not self._exhausted():
                 self._train_epoch()
             if self.progress.best_step < 0:
@@ -158,6 +165,10 @@ class Trainer:
         batches = iter(batch_loader(self._stream, self._config.loader.num_workers))
         self._pipeline.reset()
         self._sharded.module.train()
+        if self._validation_is_due() and progress.validated_step != progress.step:  # stopped just before it
+            self._validate()
+            if self._exhausted():
+                return
         bar = tqdm(
             total=len(self._stream),
             initial=progress.row // self._stream.global_batch_size,
@@ -167,20 +178,38 @@ class Trainer:
         with bar:
             while self._train_step(batches):
                 bar.update()
-                if options.evaluate_every and progress.step % options.evaluate_every == 0:
+                if self._validation_is_due():
                     self._validate()
                     if self._exhausted():
                         return
+                elif self._checkpoint_is_due():
+                    self._save()
         progress.epoch, progress.row = progress.epoch + 1, 0
         if not options.evaluate_every:
             self._validate()
+
+    def _validation_is_due(self) -> bool:
+        every = self._config.train.evaluate_every
+        return every > 0 and self.progress.step > 0 and self.progress.step % every == 0
+
+    def _checkpoint_is_due(self) -> bool:
+        """Validation writes the bank and saves, so no checkpoint is written where one follows at once."""
+        options, progress = self._config.train, self.progress
+        epoch_ends = progress.row >= len(self._stream) * self._stream.global_batch_size
+        return (
+            options.checkpoint_every > 0
+            and progress.step % options.checkpoint_every == 0
+            and (options.evaluate_every > 0 or not epoch_ends)
+        )
 
     def _train_step(self, batches: Iterator[Batch]) -> bool:
         """Train on one batch; return False at the end of the epoch."""
         progress, options = self.progress, self._config.train
         started = time.process_time()
         try:
-            output = self._pipeline.progress(batches)
+            with self._watchdog.step():
+                fault_point("step")
+                output = self._pipeline.progress(batches)
         except StopIteration:
             return False
         except NumericError as error:
@@ -199,8 +228,6 @@ class Trainer:
         if self._pipeline.stop_agreed:
             self._save()
             raise Preempted(f"stopped by SIGTERM at step {progress.step}; continue with --resume")
-        if options.checkpoint_every and progress.step % options.checkpoint_every == 0:
-            self._save()
         return True
 
     def _log_train(self) -> None:
@@ -211,6 +238,8 @@ class Trainer:
     def _validate(self) -> None:
         """Measure the validation split by the averaged weights, note whether it is the best, save a checkpoint."""
         progress, options = self.progress, self._config.train
+        fault_point("validate")
+        progress.validated_step = progress.step
         with self._sharded.average.applied():
             metrics = evaluate_split(self._sharded, self._data, "validation", self._config, self._ranks)
         value = metrics[options.select_by]
@@ -247,11 +276,13 @@ class Trainer:
         self.checkpoints.retain({self.progress.best_step}, self._config.train.keep_checkpoints)
 
     def _resume(self) -> None:
-        steps = self.checkpoints.steps()
-        if not steps:
-            raise CheckpointError(f"nothing to resume in {self.checkpoints.folder}; start without --resume")
-        saved = self.checkpoints.load(steps[-1], self._sharded)
-        self.progress = Progress(**{name: saved[name] for name in asdict(Progress())})
+        saved = self.checkpoints.load(self.checkpoints.newest_good(), self._sharded)
+        # The manifest vouches for the values, so one that is not there is one that earlier versions did not have.
+        progress = Progress(**{name: saved.get(name, default) for name, default in asdict(Progress()).items()})
+        self.progress = progress
+        if progress.best_step not in (progress.step, -1) and not self.checkpoints.is_good(progress.best_step):
+            logger.warning("the best checkpoint, step %d, is lost; the best is chosen anew", progress.best_step)
+            progress.best_step, progress.best_value, progress.stale_validations = -1, None, 0
         if not self._ranks.is_first:
             self.progress.cpu_seconds = 0.0
         self._sharded.model.step = self.progress.step

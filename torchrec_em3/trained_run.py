@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torchrec_em3.process_group import Ranks
 from torchrec_em3.run_folder import read_run
 from torchrec_em3.sharding import ShardedModel
 
-__all__ = ["TrainedRun", "best_step", "describe_origin", "open_trained_run"]
+__all__ = ["TrainedRun", "describe_origin", "open_trained_run"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def open_trained_run(run: Path, ranks: Ranks, data_folder: str = "") -> TrainedR
         config = dataclasses.replace(config, data=data_folder)
     data = open_data(config)
     checkpoints = CheckpointFolder(run / "checkpoints", ranks)
-    step = best_step(checkpoints)
+    step = checkpoints.best_good()
     sharded = build_sharded(config, data, ranks)
     checkpoints.load(step, sharded, optimizer=False)
     sharded.model.step = step
@@ -60,25 +59,12 @@ def open_trained_run(run: Path, ranks: Ranks, data_folder: str = "") -> TrainedR
     return TrainedRun(config, data, sharded, describe_origin(checkpoints, data))
 
 
-def best_step(checkpoints: CheckpointFolder) -> int:
-    """Return the step that validated best, or the newest if that one is not kept.
-
-    Raises:
-        CheckpointError: If there is no checkpoint.
-    """
-    steps = checkpoints.steps()
-    if not steps:
-        raise CheckpointError(f"no checkpoint in {checkpoints.folder}; did training reach its first validation?")
-    newest = json.loads((checkpoints.path(steps[-1]) / "progress.json").read_text(encoding="utf-8"))
-    return int(newest["best_step"]) if newest["best_step"] in steps else steps[-1]
-
-
 def describe_origin(checkpoints: CheckpointFolder, data: PreparedData) -> dict[str, str]:
     """Name the weights and the data that whatever is made of a run comes from: `checkpoint` and `data`.
 
     A checkpoint's manifest holds the hash of each of its files, so the manifest's own hash stands for all weights.
     """
-    step = best_step(checkpoints)
+    step = checkpoints.best_good()
     manifest = checkpoints.path(step) / "manifest.json"
     if not manifest.is_file():
         raise CheckpointError(f"{manifest} is missing, so the checkpoint is incomplete; use another one")

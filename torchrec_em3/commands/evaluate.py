@@ -9,7 +9,6 @@ from typing import Any
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder
 from torchrec_em3.commands.train import measure
-from torchrec_em3.errors import CheckpointError
 from torchrec_em3.parsing import CommandParser
 from torchrec_em3.process_group import process_group
 from torchrec_em3.run_folder import peak_rss_bytes, read_run
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
         data = open_data(config)
         sharded = build_sharded(config, data, ranks)
         checkpoints = CheckpointFolder(run / "checkpoints", ranks)
-        progress = checkpoints.load(_best_step(checkpoints), sharded, optimizer=False)
+        progress = checkpoints.load(checkpoints.best_good(), sharded, optimizer=False)
         sharded.model.step = progress["step"]
         training = _recorded(run) or {
             "samples": progress["samples"],
@@ -56,11 +55,3 @@ def _recorded(run: Path) -> dict[str, Any] | None:
         "cpu_seconds": (summary["cpu_seconds_per_1k"] or 0.0) * samples / 1000.0,
         "peak_rss_bytes": summary["peak_rss_bytes"],
     }
-
-
-def _best_step(checkpoints: CheckpointFolder) -> int:
-    steps = checkpoints.steps()
-    if not steps:
-        raise CheckpointError(f"no checkpoint in {checkpoints.folder}; did training reach its first validation?")
-    newest = json.loads((checkpoints.path(steps[-1]) / "progress.json").read_text(encoding="utf-8"))
-    return int(newest["best_step"]) if newest["best_step"] in steps else steps[-1]

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
             # torchrun starts the gang again with the same arguments after a failure: go on, or begin anew if nothing
             # is saved.
-            resume = ranks.broadcast(bool(CheckpointFolder(Path(config.run) / "checkpoints", ranks).steps()))
+            resume = ranks.broadcast(CheckpointFolder(Path(config.run) / "checkpoints", ranks).was_used())
             overwrite = not resume
         train(config, ranks, resume=resume, overwrite=overwrite)
 

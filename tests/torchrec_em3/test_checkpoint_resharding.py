@@ -1,0 +1,133 @@
+"""A checkpoint is read by other numbers of ranks and other plans: every value arrives, and training goes on alike."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+import tests.tiny_parts  # noqa: F401
+from tests.gang import Gang
+from torchrec_em3.build import build_sharded, open_data
+from torchrec_em3.checkpoint import CheckpointFolder
+from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConfig
+from torchrec_em3.datasets.loader import BatchStream
+from torchrec_em3.parts import load_builtin_parts
+from torchrec_em3.process_group import process_group
+from torchrec_em3.sharding import ShardedModel
+from torchrec_em3.train import CheckedPipeline
+
+pytestmark = pytest.mark.slow
+GLOBAL_BATCH = 128
+Pieces = list[tuple[tuple[int, ...], np.ndarray]]
+
+
+def pieces_by_name(sharded: ShardedModel) -> dict[str, Pieces]:
+    """Return everything this rank holds of what a checkpoint saves, each piece with its place in the whole."""
+    optimizer = sharded.optimizer.state_dict()["state"]
+    state = {f"model/{name}": value for name, value in sharded.module.state_dict().items()}
+    state |= {f"average/{name}": value for name, value in sharded.average.state_dict().items()}
+    state |= {f"optimizer/{name}/{key}": value for name, part in optimizer.items() for key, value in part.items()}
+    found: dict[str, Pieces] = {}
+    for name, value in state.items():
+        if isinstance(value, ShardedTensor):
+            found[name] = [
+                (tuple(s.metadata.shard_offsets), s.tensor.detach().numpy().copy()) for s in value.local_shards()
+            ]
+        else:
+            found[name] = [((0,) * value.dim(), value.detach().numpy().copy())]
+    return found
+
+
+def go(config: Config, folder: Path, load: int | None, steps: int, save: int | None) -> dict[str, Any]:
+    """Build, load if asked, train a few steps, save if asked; return the losses and what this rank holds."""
+    load_builtin_parts()
+    with process_group() as ranks:
+        loader = dataclasses.replace(config.loader, batch_size=GLOBAL_BATCH // ranks.world_size)
+        config = dataclasses.replace(config, loader=loader)
+        data = open_data(config)
+        sharded = build_sharded(config, data, ranks)
+        checkpoints = CheckpointFolder(folder, ranks)
+        if load is not None:
+            checkpoints.load(load, sharded)
+        loaded = pieces_by_name(sharded)
+        batches = iter(
+            BatchStream(
+                data,
+                "train",
+                batch_size=loader.batch_size,
+                max_history=10,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+            )
+        )
+        pipeline, losses = CheckedPipeline(sharded, ranks), []
+        for step in range(1, steps + 1):
+            losses.append(float(pipeline.progress(batches).metrics["loss"]))
+            sharded.average.update(step)
+        if save is not None:
+            checkpoints.save(save, sharded, {})
+        return {"loss": losses, "loaded": loaded, "held": pieces_by_name(sharded)}
+
+
+def whole(results: list[dict[str, Any]], which: str) -> dict[str, np.ndarray]:
+    """Put the ranks' pieces together; what every rank holds must be equal on all."""
+    values: dict[str, np.ndarray] = {}
+    for name in sorted({name for result in results for name in result[which]}):
+        pieces: Pieces = [piece for result in results for piece in result[which].get(name, [])]
+        shape = np.max([np.add(place, piece.shape) for place, piece in pieces], axis=0).astype(int)
+        values[name] = np.zeros(tuple(shape), dtype=pieces[0][1].dtype)
+        filled = np.zeros(tuple(shape), dtype=bool)
+        for place, piece in pieces:
+            part = tuple(slice(start, start + size) for start, size in zip(place, piece.shape, strict=True))
+            assert not filled[part].any() or np.array_equal(values[name][part], piece), name
+            values[name][part], filled[part] = piece, True
+        assert filled.all(), name
+    return values
+
+
+@pytest.fixture(scope="module")
+def gangs() -> Iterator[dict[int, Gang]]:
+    with Gang(1, timeout=240) as one, Gang(2, timeout=240) as two:
+        yield {1: one, 2: two}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [((2, "row_wise"), (1, "table_wise"), (2, "table_wise")), ((1, "row_wise"), (2, "row_wise"), (1, "table_wise"))],
+)
+def test_everything_arrives_on_other_ranks(
+    gangs: dict[int, Gang], tiny_data: Path, tmp_path: Path, path: tuple[tuple[int, str], ...]
+) -> None:
+    config = Config(
+        data=str(tiny_data),
+        loader=LoaderConfig(max_history=10),
+        model=ModelConfig(embedding_dim=8, unknown_id_rate=0.0, alignment_weight=0.5),
+        embeddings=EmbeddingConfig(optimizer="rowwise_adagrad"),
+    )
+
+    def under(sharding: str, seed: int) -> Config:
+        return dataclasses.replace(
+            config, seed=seed, embeddings=dataclasses.replace(config.embeddings, sharding=sharding)
+        )
+
+    (first, plan), *others = path
+    saved = whole(gangs[first].run(go, under(plan, 0), tmp_path, None, 4, 1), "held")
+    assert any("pool" in name and np.abs(value).max() > 0 for name, value in saved.items()), "the bank is compared"
+    for part in ("average/", "/exp_avg_sq", "momentum1"):
+        assert any(part in name and np.abs(value).max() > 0 for name, value in saved.items()), part
+    for number, (world_size, plan) in enumerate(others, start=1):
+        results = gangs[world_size].run(go, under(plan, number), tmp_path, number, 0, number + 1)
+        loaded = whole(results, "loaded")
+        assert loaded.keys() == saved.keys()
+        for name, value in saved.items():
+            np.testing.assert_array_equal(loaded[name], value, err_msg=name)
+    last = len(path)
+    losses = [
+        np.mean([rank["loss"] for rank in gangs[n].run(go, under("row_wise", 9), tmp_path, last, 2, None)], axis=0)
+        for n in (1, 2)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -1,0 +1,153 @@
+"""Runs that are really killed, in processes of their own, and continued: losses and weights of an undisturbed run."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import torchrec_em3
+from torchrec_em3.checkpoint_manifest import read_manifest
+from torchrec_em3.errors import ConfigError
+from torchrec_em3.faults import VARIABLE, fault_point
+
+ROOT = Path(torchrec_em3.__file__).parents[1]
+SAVE_PLACES = ["save.start", "save.shard", "save.metadata", "save.progress", "save.manifest", "save.done"]
+STEP_PLACES = ["step", "backward", "optimizer", "validate", "load"]
+TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1", "-m"]
+SECONDS = 200
+
+
+def command(data: Path, run: Path, *more: str) -> list[str]:
+    options = "--loader.batch_size 64 --loader.max_history 10 --model.embedding_dim 8 --model.unknown_id_rate 0.2"
+    options += " --train.epochs 2 --train.log_every 1 --train.checkpoint_every 7 --train.evaluate_every 14"
+    options += " --train.patience 50"
+    return ["torchrec_em3", "train", "--data", str(data), "--run_folder", str(run), *options.split(), *more]
+
+
+def environment(fault: str | None = None) -> dict[str, str]:
+    faults = {} if fault is None else {VARIABLE: fault}
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    return {**alone, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **faults}
+
+
+def start(arguments: list[str], log: Path, fault: str | None = None) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", *arguments], cwd=ROOT, env=environment(fault), stdout=output, stderr=output
+        )
+
+
+def finish(arguments: list[str], log: Path, fault: str | None = None) -> int:
+    process = start(arguments, log, fault)
+    try:
+        return process.wait(SECONDS)
+    finally:
+        process.kill()
+
+
+def lines(run: Path) -> list[str]:
+    path = run / "metrics.jsonl"
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def same_result(run: Path, calm: Path) -> None:
+    """Compare the losses and validations of every step, and the last checkpoint: tables, bank, optimizers, average."""
+    assert lines(run) == lines(calm)
+    last = max((calm / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-"))).name
+    shards = [
+        {name: found for name, found in read_manifest(folder / "checkpoints" / last).items() if "distcp" in name}
+        for folder in (run, calm)
+    ]
+    assert shards[0] == shards[1]
+
+
+@pytest.fixture(scope="module")
+def calm(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbs."""
+    run = tmp_path_factory.mktemp("calm") / "run"
+    assert finish(command(tiny_data, run), run.parent / "log") == 0
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_random_instants(tiny_data: Path, tmp_path: Path, calm: Path) -> None:
+    run, draw = tmp_path / "run", random.Random(0)
+    expected, resume = len(lines(calm)), []
+    for goal in sorted(draw.sample(range(8, expected - 4), 3)):
+        process = start(command(tiny_data, run, *resume), tmp_path / "log")
+        try:
+            deadline = time.monotonic() + SECONDS
+            while len(lines(run)) < goal or process.poll() is not None:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0.0, 0.03))
+        finally:
+            process.kill()
+        assert process.wait(SECONDS) == -signal.SIGKILL
+        resume = ["--resume"]
+    assert finish(command(tiny_data, run, "--resume"), tmp_path / "log") == 0
+    same_result(run, calm)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("places", [SAVE_PLACES[:3], SAVE_PLACES[3:], STEP_PLACES], ids=["files", "commit", "steps"])
+def test_killed_at_each_place(tiny_data: Path, tmp_path: Path, calm: Path, places: list[str]) -> None:
+    run = tmp_path / "run"
+    before: set[str] = set()
+    for number, place in enumerate(places):
+        count = {"load": 1, "step": 20}.get(place, 2)
+        resume = ["--resume"] if number else []
+        fault = f"{place}:0:{count}:kill"
+        assert finish(command(tiny_data, run, *resume), tmp_path / "log", fault) == -signal.SIGKILL, place
+        saved = {path.name for path in (run / "checkpoints").glob("step-*")}
+        assert saved, "a good checkpoint is there at any time"
+        before |= saved
+    assert finish(command(tiny_data, run, "--resume"), tmp_path / "log") == 0
+    assert len(before) > 1, "the run went on between the kills"
+    assert not list((run / "checkpoints").glob(".step-*")), "what a cut-off save leaves is removed"
+    same_result(run, calm)
+
+
+@pytest.fixture(scope="module")
+def calm_two(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nothing disturbs."""
+    run = tmp_path_factory.mktemp("calm_two") / "run"
+    assert finish([*TORCHRUN, *command(tiny_data, run)], run.parent / "log") == 0
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("place", ["optimizer:1:16", "save.shard:1:3"])
+def test_torchrun_continues_when_a_rank_is_killed(tiny_data: Path, tmp_path: Path, calm_two: Path, place: str) -> None:
+    run = tmp_path / "run"
+    assert finish([*TORCHRUN, *command(tiny_data, run)], tmp_path / "log", f"{place}:kill") == 0
+    assert "resumed at step" in (tmp_path / "log").read_text(), "the second attempt went on from a checkpoint"
+    same_result(run, calm_two)
+
+
+def test_faults_are_refused_outside_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "step:0:1:kill")
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    with pytest.raises(ConfigError, match="EM3_FAULT is step:0:1:kill, but faults are for tests only"):
+        fault_point("elsewhere")
+
+
+def test_a_fault_strikes_at_its_count_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "here:0:2:full")
+    fault_point("elsewhere")
+    fault_point("here")
+    with pytest.raises(OSError, match="No space left on device"):
+        fault_point("here")
+    fault_point("here")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv(VARIABLE, "here:0:1:full")
+    fault_point("here")
