@@ -3,14 +3,16 @@
 python benchmarks/loader.py --data DATA
 """
 
+import itertools
 import tempfile
 import time
 from pathlib import Path
 
 from jsonargparse import auto_cli
 from synthetic import write_synthetic
+from turns import endless_batches
 
-from torchrec_em3.datasets.loader import BatchStream, batch_loader
+from torchrec_em3.config import Config, LoaderConfig
 from torchrec_em3.datasets.prepared import PreparedData
 
 
@@ -29,15 +31,10 @@ def main(data: str = "", batch_size: int = 4096, max_history: int = 50, steps: i
             if data
             else write_synthetic(Path(folder) / "data", num_users=5_000, num_items=50_000, num_events=1_500_000)
         )
-        stream = BatchStream(PreparedData.open(path), "train", batch_size=batch_size, max_history=max_history)
-        read, rows = 0, 0
+        config = Config(loader=LoaderConfig(batch_size=batch_size, max_history=max_history))
+        batches = endless_batches(config, PreparedData.open(path))
         wall, cpu = time.perf_counter(), time.process_time()
-        while read < steps:
-            for batch in batch_loader(stream):
-                rows += len(batch)
-                read += 1
-                if read == steps:
-                    break
+        rows = sum(len(batch) for batch in itertools.islice(batches, steps))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     print(f"{rows} rows: {rows / wall:,.0f} rows/s, {cpu / rows * 1000:.5f} CPU s per 1,000 rows")
 

@@ -9,52 +9,17 @@ the machine does.
 
 import dataclasses
 import tempfile
-import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from jsonargparse import auto_cli
 from synthetic import write_synthetic
+from turns import WARM_UP_STEPS, Training, shape_of, take_turns
 
-from torchrec_em3.batch import Batch
-from torchrec_em3.build import build_sharded, open_data
+from torchrec_em3.build import open_data
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig
-from torchrec_em3.datasets.loader import BatchStream
-from torchrec_em3.datasets.prepared import PreparedData
-from torchrec_em3.evaluate import refresh_bank
-from torchrec_em3.parsing import resolve_parts
-from torchrec_em3.process_group import Ranks, process_group
-from torchrec_em3.train import CheckedPipeline
-
-WARM_UP_STEPS = 3
-
-
-class _Training:
-    """One model in training, a few steps at a time."""
-
-    def __init__(self, config: Config, data: PreparedData, ranks: Ranks) -> None:
-        self._config = config
-        self._stream = BatchStream(
-            data, "train", batch_size=config.loader.batch_size, max_history=config.loader.max_history
-        )
-        sharded = build_sharded(config, data, ranks)
-        refresh_bank(sharded, ranks)  # as after an epoch: otherwise every target would still have to be encoded
-        self._pipeline = CheckedPipeline(sharded, ranks)
-        self._batches = self._endless()
-        self.seconds_per_1k: list[float] = []
-
-    def _endless(self) -> Iterator[Batch]:
-        while True:
-            yield from self._stream
-
-    def run(self, steps: int) -> float:
-        """Return the CPU seconds per 1,000 samples of `steps` steps."""
-        started = time.process_time()
-        for _ in range(steps):
-            self._pipeline.progress(self._batches)
-        return (time.process_time() - started) / (steps * self._config.loader.batch_size) * 1000
+from torchrec_em3.process_group import process_group
 
 
 def main(
@@ -102,37 +67,18 @@ def main(
             ),
         )
         id_only = dataclasses.replace(base, model=dataclasses.replace(base.model, content="none"))
-        trainings = {
-            name: _Training(resolve_parts(config), open_data(config), ranks)
-            for name, config in (("ID-only", id_only), ("EM3", base))
-        }
-        _describe(open_data(base), base)
+        trainings = {"ID-only": Training(id_only, ranks), "EM3": Training(base, ranks)}
+        print(f"{Path(path).name}: {shape_of(base, open_data(base))}")
         for training in trainings.values():
             training.run(WARM_UP_STEPS)
-        for _ in range(rounds):
-            for training in trainings.values():
-                training.seconds_per_1k.append(training.run(steps))
-    _print(trainings)
+        _print(take_turns({name: partial(training.run, steps) for name, training in trainings.items()}, rounds))
 
 
-def _describe(data: PreparedData, config: Config) -> None:
-    stream = BatchStream(data, "train", batch_size=config.loader.batch_size, max_history=config.loader.max_history)
-    batch = next(iter(stream))
-    targets, histories = batch.sparse["target"].values(), batch.sparse["history"].values()
-    print(
-        f"{data.folder.name}: batch {len(batch)}, {len(histories) / len(batch):.1f} history items a row; "
-        f"{len(targets.unique())} distinct targets, {len(histories.unique())} distinct history items; "
-        f"{torch.get_num_threads()} thread(s)"
-    )
-
-
-def _print(trainings: dict[str, _Training]) -> None:
+def _print(seconds: dict[str, np.ndarray]) -> None:
     print(f"{'':<10}{'CPU s per 1,000':>17}{'min':>9}{'max':>9}")
-    for name, training in trainings.items():
-        values = training.seconds_per_1k
-        print(f"{name:<10}{np.median(values):>17.4f}{min(values):>9.4f}{max(values):>9.4f}")
-    first, second = (np.array(training.seconds_per_1k) for training in trainings.values())
-    ratios = second / first
+    for name, values in seconds.items():
+        print(f"{name:<10}{np.median(values):>17.4f}{values.min():>9.4f}{values.max():>9.4f}")
+    ratios = seconds["EM3"] / seconds["ID-only"]
     print(f"EM3 / ID-only: median {np.median(ratios):.2f}, from {ratios.min():.2f} to {ratios.max():.2f}")
 
 

@@ -148,15 +148,15 @@ def profile_steps(
     refresh_bank(sharded, ranks)
     pipeline = CheckedPipeline(sharded, ranks)
     batches = _batches(config, data, ranks)
-    _train(sharded, pipeline, batches, warm_up)
-    cpu_seconds = _train(sharded, pipeline, batches, steps)
+    _train(pipeline, batches, warm_up)
+    cpu_seconds = _train(pipeline, batches, steps)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ranks.device.type == "cuda" else [])]
     # The first step under the profiler carries its start-up cost and is thrown away.
     window = schedule(wait=0, warmup=1, active=steps, repeat=1)
     profiled = []
     with _spans(sharded, pipeline), profile(activities=activities, schedule=window) as profiler:
         for _ in range(steps + 1):
-            profiled.append(_train(sharded, pipeline, batches, 1))
+            profiled.append(_train(pipeline, batches, 1))
             profiler.step()
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
@@ -172,12 +172,11 @@ def profile_steps(
     )
 
 
-def _train(sharded: ShardedModel, pipeline: CheckedPipeline, batches: Iterator[Batch], steps: int) -> float:
+def _train(pipeline: CheckedPipeline, batches: Iterator[Batch], steps: int) -> float:
     """Train some steps as `Trainer` does and return their CPU seconds."""
     started = time.process_time()
     for _ in range(steps):
         pipeline.progress(batches)
-        sharded.average.update(sharded.model.step)
     return time.process_time() - started
 
 

@@ -69,9 +69,15 @@ class CheckedPipeline(TrainPipelineBase[Batch, Output]):
 
     def __init__(self, sharded: ShardedModel, ranks: Ranks) -> None:
         super().__init__(sharded.module, sharded.optimizer, ranks.device)
-        self._ranks = ranks
+        self._sharded, self._ranks = sharded, ranks
         self.stop_requested = False
         self.stop_agreed = False
+
+    def progress(self, dataloader_iter: Iterator[Batch]) -> Output:
+        """Train on the next batch, and take its result into the running average of the weights."""
+        output = super().progress(dataloader_iter)
+        self._sharded.average.update(self._sharded.model.step)
+        return output
 
     def _backward(self, losses: Tensor) -> None:
         state = torch.stack(
@@ -218,7 +224,6 @@ class Trainer:
                 "--embeddings.learning_rate, or continue from the last checkpoint with --resume"
             ) from error
         progress.step += 1
-        self._sharded.average.update(progress.step)
         progress.cpu_seconds += time.process_time() - started
         progress.row += self._stream.global_batch_size
         progress.samples += self._stream.global_batch_size

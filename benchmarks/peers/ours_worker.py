@@ -83,7 +83,6 @@ class _Ours:
         refresh_bank(sharded, ranks)  # as after an epoch: otherwise every target would still have to be encoded
         self._ready, self._loaded = cycle(list(stream)), _endless(stream)
         self._bare, self._full = (CheckedPipeline(sharded, ranks) for _ in range(2))
-        self._sharded, self._step = sharded, 0
 
     def bare(self, steps: int) -> float:
         return self._train(self._bare, self._ready, steps)
@@ -95,8 +94,6 @@ class _Ours:
         loss = torch.zeros(())
         for _ in range(steps):
             loss = pipeline.progress(batches).metrics["loss"]
-            self._step += 1
-            self._sharded.average.update(self._step)
         return loss.item()
 
 
