@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/cic.py
     OMP_NUM_THREADS=1 python benchmarks/cic.py --sizes '[2048, 8192]' --markdown true
+    OMP_NUM_THREADS=1 python benchmarks/cic.py --sizes '[131072]' --repeats 1            # 2 to 3 minutes
 
 One step is loss and gradients of both sides and the scale, float32, a tenth of the rows repeating an item. Every figure
 comes from a fresh process: peak memory above what was there before the first step, and process CPU seconds (user and
@@ -30,7 +31,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from torchrec_em3.components.alignment.tiled import CPU_TILE, tiled_info_nce
+from torchrec_em3.components.alignment.info_nce import info_nce
+from torchrec_em3.components.alignment.tiled import CPU_TILE
 
 MIB = 2.0**20
 PLAIN_BYTES = 17  # an element of the plain form at its peak, measured at 16384 rows
@@ -49,7 +51,7 @@ def plain(content_BD: Tensor, id_BD: Tensor, item_B: Tensor, scale: Tensor) -> T
     same_BB = item_B[:, None] == item_B[None, :]
     same_BB.fill_diagonal_(False)
     logit_BB = (scale * content_BD @ id_BD.T).masked_fill(same_BB, -torch.inf)
-    label_B = torch.arange(len(item_B))
+    label_B = torch.arange(len(item_B), device=item_B.device)
     return 0.5 * (nn.functional.cross_entropy(logit_BB, label_B) + nn.functional.cross_entropy(logit_BB.T, label_B))
 
 
@@ -63,7 +65,7 @@ def inputs_of(rows: int, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def run_step(form: str, inputs: tuple[Tensor, Tensor, Tensor, Tensor], tile: int) -> float:
     """Return the CPU seconds of one step."""
     started = time.process_time()
-    loss = plain(*inputs) if form == "plain" else tiled_info_nce(*inputs, tile=tile)
+    loss = plain(*inputs) if form == "plain" else info_nce(*inputs, backend="tiled", tile=tile)
     loss.backward()  # type: ignore[no-untyped-call]
     return time.process_time() - started
 

@@ -5,14 +5,15 @@ Shape letters: U distinct target items of this rank, K negatives and C logits an
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchrec_em3.components.alignment.distributed import global_info_nce
-from torchrec_em3.components.alignment.tiled import LARGEST_SCALE
+from torchrec_em3.components.alignment.backend import BackendName
+from torchrec_em3.components.alignment.distributed import TransportName, global_info_nce
+from torchrec_em3.components.alignment.info_nce import LARGEST_SCALE
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.registry import ALIGNMENTS
 
@@ -25,6 +26,8 @@ __all__ = [
     "sampled_info_nce",
 ]
 
+HeldSide = Literal["none", "content", "id"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastOptions:
@@ -35,10 +38,10 @@ class ContrastOptions:
     learn_temperature: bool = True
     """Whether the temperature is trained, as the logarithm of its inverse."""
     min_temperature: float = 0.025
-    """Lower limit of a learnt temperature; below 0.025 the loss is computed in float64, at about twice the time."""
+    """Lower limit of a learnt temperature; below 0.025 the loss takes about twice the time (tiled: float64)."""
     max_temperature: float = 1.0
     """Upper limit of a learnt temperature."""
-    stop_gradient: Literal["none", "content", "id"] = "none"
+    stop_gradient: HeldSide = "none"
     """Side whose tower or table gets no gradient from this loss; its head is trained all the same."""
     popularity_correction: bool = False
     """Whether log(count / mean count) over the global batch is subtracted from an item's logits as a negative."""
@@ -46,6 +49,10 @@ class ContrastOptions:
     """Width of the space in which the two sides are compared; 0 takes the model's width."""
     eps: float = 1e-5
     """Smallest norm that the L2 normalisation divides by."""
+    backend: BackendName = "auto"
+    """Who computes: tiled, triton (CUDA; multiplies in the type of autocast), or auto: triton wherever it can."""
+    transport: TransportName = "auto"
+    """How ID vectors travel between ranks: gathered, round a ring in little memory, or gathered up to 2 GiB."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -60,8 +67,10 @@ class ContrastOptions:
                 f"temperature {self.temperature} is outside [min_temperature, max_temperature] = "
                 f"[{self.min_temperature}, {self.max_temperature}]; move it or a limit"
             )
-        if self.stop_gradient not in ("none", "content", "id"):
-            raise ConfigError(f"stop_gradient is '{self.stop_gradient}'; choose none, content or id")
+        names = {"stop_gradient": HeldSide, "backend": BackendName, "transport": TransportName}
+        for option, kind in names.items():
+            if getattr(self, option) not in get_args(kind):
+                raise ConfigError(f"{option} is '{getattr(self, option)}'; choose from {', '.join(get_args(kind))}")
         _check_heads(self.head_dim, self.eps)
 
 
@@ -121,7 +130,7 @@ class ContentIdContrast(nn.Module):
     Content becomes task-oriented and IDs generalise [abstract]; two Linear heads and the L2 norm are [authors' code].
     [ours]: all other items of the global batch are negatives, an item is never its own negative, the temperature is
     learnt, either side can be held fixed, logits can be corrected for popularity. The matrix of similarities is never
-    held, see `tiled.py`.
+    held, see `info_nce.py`.
     """
 
     def __init__(self, options: ContrastOptions, width: int, group: dist.ProcessGroup | None = None) -> None:
@@ -157,6 +166,7 @@ class ContentIdContrast(nn.Module):
 
         Raises:
             NumericError: If the temperature is not finite.
+            ConfigError: If the backend is triton, which cannot take these vectors.
         """
         options = self.options
         content_UE, id_UE = self.heads(
@@ -171,6 +181,8 @@ class ContentIdContrast(nn.Module):
             self._scale(),
             popularity_correction=options.popularity_correction,
             group=self._peers(),
+            backend=options.backend,
+            transport=options.transport,
         )
 
     @property

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchrec_em3.components.alignment.tiled import tiled_info_nce
+from torchrec_em3.components.alignment.info_nce import info_nce
 from torchrec_em3.errors import ConfigError, NumericError
 
 WIDTH = 16
@@ -47,7 +47,7 @@ def solve(loss: Any, content: Tensor, id_: Tensor, item: Tensor, scale: float, *
 
 
 def tiled(content: Tensor, id_: Tensor, item: Tensor, scale: Tensor, weight: Tensor, log_q: Tensor) -> Tensor:
-    return tiled_info_nce(content, id_, item, scale, weight_N=weight, log_q_N=log_q, tile=32)
+    return info_nce(content, id_, item, scale, weight_N=weight, log_q_N=log_q, tile=32)
 
 
 def assert_near(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
@@ -85,7 +85,7 @@ def test_equals_the_reference(num_items: int, repeats: bool, scale: float) -> No
 @pytest.mark.parametrize("item", [[], [7], [7, 7, 7, 7, 7]])
 @pytest.mark.parametrize("scale", [10.0, 100.0])
 def test_no_two_items_give_exactly_zero(item: list[int], scale: float) -> None:
-    solved = solve(tiled_info_nce, *unit(len(item)), torch.tensor(item, dtype=torch.int64), scale)
+    solved = solve(info_nce, *unit(len(item)), torch.tensor(item, dtype=torch.int64), scale)
     assert len(solved) == 4
     for value in solved:
         assert not value.any()
@@ -99,7 +99,7 @@ def test_a_loss_near_zero_keeps_its_digits(scale: float) -> None:
     similarity = scale * content @ content.T
     plain = nn.functional.cross_entropy(similarity, item)
     assert abs(plain - expected[0]) / expected[0] > 0.01, "the case is meant to be hard"
-    assert_near(solve(tiled_info_nce, content, content, item, scale), expected, 1e-5)
+    assert_near(solve(info_nce, content, content, item, scale), expected, 1e-5)
 
 
 def test_repeats_equal_unique_items_with_weights() -> None:
@@ -108,10 +108,10 @@ def test_repeats_equal_unique_items_with_weights() -> None:
     distinct, counts = item.unique(return_counts=True)
 
     def of_rows(a: Tensor, b: Tensor, _: Tensor, scale: Tensor) -> Tensor:
-        return tiled_info_nce(a[item], b[item], item, scale, tile=32)
+        return info_nce(a[item], b[item], item, scale, tile=32)
 
     def of_items(a: Tensor, b: Tensor, _: Tensor, scale: Tensor) -> Tensor:
-        return tiled_info_nce(a[distinct], b[distinct], distinct, scale, weight_N=counts.double(), tile=32)
+        return info_nce(a[distinct], b[distinct], distinct, scale, weight_N=counts.double(), tile=32)
 
     assert_near(solve(of_rows, content, id_, item, 14.0), solve(of_items, content, id_, item, 14.0), 1e-12)
 
@@ -119,8 +119,8 @@ def test_repeats_equal_unique_items_with_weights() -> None:
 @pytest.mark.parametrize("first", [2**24, 2**53])
 def test_items_that_floats_merge_stay_apart(first: int) -> None:
     content, id_ = unit(2)
-    loss = tiled_info_nce(content, id_, torch.tensor([first, first + 1]), 5.0)
-    assert_near([loss], [tiled_info_nce(content, id_, torch.tensor([0, 1]), 5.0)], 1e-15)
+    loss = info_nce(content, id_, torch.tensor([first, first + 1]), 5.0)
+    assert_near([loss], [info_nce(content, id_, torch.tensor([0, 1]), 5.0)], 1e-15)
     assert loss > 0
 
 
@@ -132,7 +132,7 @@ def test_order_of_rows_does_not_matter(items: list[int], scale: float, random: A
     item = torch.tensor(items)
 
     def loss(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        return tiled_info_nce(a, b, c, d, tile=8)
+        return info_nce(a, b, c, d, tile=8)
 
     first, second = solve(loss, content, id_, item, scale), solve(loss, content[order], id_[order], item[order], scale)
     for value, moved in zip(first, second, strict=True):
@@ -162,7 +162,7 @@ def test_nothing_of_size_n_by_n_is_allocated() -> None:
     num_items, width = 16384, 64
     content, id_ = unit(num_items, width, torch.float32)
     with Recorder() as recorder:
-        solve(tiled_info_nce, content, id_, torch.arange(num_items), 14.0)
+        solve(info_nce, content, id_, torch.arange(num_items), 14.0)
     assert recorder.largest_bytes <= 4 * num_items * width, "one side is the largest thing that may exist"
 
 
@@ -173,7 +173,7 @@ def test_gradients_are_computed_only_where_needed() -> None:
         for side in (content, id_):
             side.requires_grad_(any(side is wanted for wanted in sides))
         with torch.set_grad_enabled(record), Recorder() as recorder:
-            tiled_info_nce(content, id_, torch.arange(70), 5.0, tile=70)
+            info_nce(content, id_, torch.arange(70), 5.0, tile=70)
         calls[name] = recorder.calls["addmm_"]
     assert calls == {"none": 1, "one": 3, "both": 4}, (
         "products of one tile: similarities in each pass, and the gradients"
@@ -183,7 +183,7 @@ def test_gradients_are_computed_only_where_needed() -> None:
 def test_scale_alone_can_be_trained() -> None:
     content, id_ = unit(30)
     item, scale = torch.arange(30), torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
-    tiled_info_nce(content, id_, item, scale).backward()
+    info_nce(content, id_, item, scale).backward()
     assert scale.grad is not None
     expected = solve(reference, content, id_, item, 7.0, torch.ones(30), torch.zeros(30))
     torch.testing.assert_close(scale.grad, expected[3])
@@ -193,10 +193,10 @@ def test_half_precision_and_autocast_are_computed_in_float32() -> None:
     item = torch.arange(30)
     for dtype in (torch.bfloat16, torch.float16):
         content, id_ = unit(30, dtype=dtype)
-        half = solve(tiled_info_nce, content, id_, item, 8.0)
+        half = solve(info_nce, content, id_, item, 8.0)
         with torch.autocast("cpu", torch.bfloat16):
-            cast = solve(tiled_info_nce, content, id_, item, 8.0)
-        exact = solve(tiled_info_nce, content.float(), id_.float(), item, 8.0)
+            cast = solve(info_nce, content, id_, item, 8.0)
+        exact = solve(info_nce, content.float(), id_.float(), item, 8.0)
         assert [value.dtype for value in half] == [torch.float32, dtype, dtype, dtype]
         assert half[0] == exact[0] == cast[0]
         torch.testing.assert_close(half[1], exact[1].to(dtype), rtol=0, atol=0)
@@ -205,7 +205,7 @@ def test_half_precision_and_autocast_are_computed_in_float32() -> None:
 def test_a_loss_scaler_saves_half_precision_gradients_from_underflow() -> None:
     content, _ = unit(30, width=64, dtype=torch.float16)
     content.requires_grad_()
-    loss = tiled_info_nce(content, content.detach(), torch.arange(30), 30.0)
+    loss = info_nce(content, content.detach(), torch.arange(30), 30.0)
     assert loss < 1e-7
     (loss * 2.0**20).backward()
     assert content.grad is not None
@@ -215,8 +215,8 @@ def test_a_loss_scaler_saves_half_precision_gradients_from_underflow() -> None:
 def test_upstream_gradient_is_applied_and_a_second_derivative_refused() -> None:
     content, id_ = unit(10)
     content.requires_grad_()
-    once = torch.autograd.grad(tiled_info_nce(content, id_, torch.arange(10), 5.0), content)[0]
-    loss = 3.0 * tiled_info_nce(content, id_, torch.arange(10), 5.0)
+    once = torch.autograd.grad(info_nce(content, id_, torch.arange(10), 5.0), content)[0]
+    loss = 3.0 * info_nce(content, id_, torch.arange(10), 5.0)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss, content, create_graph=True)
     torch.testing.assert_close(torch.autograd.grad(loss, content)[0], 3.0 * once)
@@ -227,10 +227,10 @@ def test_bad_arguments_are_refused() -> None:
     item = torch.arange(4)
     for scale in (0.0, -1.0, 301.0):
         with pytest.raises(ConfigError, match=r"outside \(0, 300\]"):
-            tiled_info_nce(content, id_, item, scale)
+            info_nce(content, id_, item, scale)
     with pytest.raises(NumericError, match="diverged"):
-        tiled_info_nce(content, id_, item, math.nan)
+        info_nce(content, id_, item, math.nan)
     with pytest.raises(ValueError, match="int64"):
-        tiled_info_nce(content, id_, item.float(), 1.0)
+        info_nce(content, id_, item.float(), 1.0)
     with pytest.raises(ValueError, match=r"\(4, 16\) and ID \(3, 16\)"):
-        tiled_info_nce(content, id_[:3], item, 1.0)
+        info_nce(content, id_[:3], item, 1.0)

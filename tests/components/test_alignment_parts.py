@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.components.alignment_contract import check_alignment, example
+from torchrec_em3.components.alignment import backend
 from torchrec_em3.components.alignment.contrast import (
     ContentIdContrast,
     ContrastOptions,
@@ -14,7 +15,7 @@ from torchrec_em3.components.alignment.contrast import (
     SampledOptions,
     sampled_info_nce,
 )
-from torchrec_em3.components.alignment.tiled import FLOAT32_SCALE, ROUNDING, tiled_info_nce
+from torchrec_em3.components.alignment.info_nce import FLOAT32_SCALE, ROUNDING, info_nce
 from torchrec_em3.errors import ConfigError, NumericError
 from torchrec_em3.registry import ALIGNMENTS
 
@@ -106,7 +107,7 @@ def test_popularity_correction_is_relative_to_the_mean_count() -> None:
     torch.testing.assert_close(corrected(*even), plain(*even))
     log_q = (inputs.count_U / inputs.count_U.double().mean()).log()
     content_UE, id_UE = plain.heads(inputs.content_UD, inputs.id_UD)
-    expected = tiled_info_nce(content_UE, id_UE, inputs.item_U, 10.0, log_q_N=log_q)
+    expected = info_nce(content_UE, id_UE, inputs.item_U, 10.0, log_q_N=log_q)
     torch.testing.assert_close(corrected(*inputs), expected)
     assert abs(plain(*inputs) - expected) > 1e-3
 
@@ -145,6 +146,14 @@ def test_the_positive_may_be_drawn_as_a_negative() -> None:
     assert sampled_info_nce(vectors, vectors, always_itself, 1.0) == pytest.approx(math.log(2))
 
 
+def test_triton_is_only_needed_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
+    for name in ("auto", "tiled"):
+        assert ContentIdContrast(ContrastOptions(backend=name), WIDTH)(*example(9, WIDTH)) > 0  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="triton is not installed; set backend to auto or tiled"):
+        ContentIdContrast(ContrastOptions(backend="triton"), WIDTH)(*example(9, WIDTH))
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
@@ -154,6 +163,8 @@ def test_the_positive_may_be_drawn_as_a_negative() -> None:
         ({"stop_gradient": "both"}, ContrastOptions, "stop_gradient"),
         ({"head_dim": -1}, ContrastOptions, "head_dim"),
         ({"eps": 0.0}, ContrastOptions, "eps"),
+        ({"backend": "cuda"}, ContrastOptions, "backend is 'cuda'; choose from auto, tiled, triton"),
+        ({"transport": "mail"}, ContrastOptions, "transport is 'mail'; choose from auto, gather, ring"),
         ({"temperature": 0.0}, SampledOptions, "temperature"),
         ({"negatives": 0}, SampledOptions, "negatives"),
     ],
