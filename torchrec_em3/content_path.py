@@ -1,7 +1,7 @@
 """The content path: from distinct items to the content of targets and of histories.
 
-Shape letters: B rows, N history positions, U distinct target items, F of them encoded in this step, V distinct history
-items, D width, T tokens.
+Shape letters: B rows, N history positions, U distinct target items, F of them encoded with gradient in this step, G of
+them without, V distinct history items, D width, T tokens.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,10 @@ from torchrec_em3.parts import build_part
 from torchrec_em3.registry import HISTORIES, TOWERS
 from torchrec_em3.schema import FeatureSchema
 
-__all__ = ["Content", "ContentPath", "DistinctItems", "TokenSource"]
+__all__ = ["ITEMS_AT_A_TIME", "Content", "ContentPath", "DistinctItems", "TokenSource"]
+
+ITEMS_AT_A_TIME = 512
+"""Items that are encoded together where no gradient is wanted."""
 
 
 class TokenSource(Protocol):
@@ -96,7 +99,8 @@ class ContentPath(nn.Module):
 
     With `encode_fraction` below 1 a training step encodes only that share of the distinct targets, drawn at random,
     and takes the bank's rows for the others: LEMUR encodes a fifth and loses next to nothing [follow-up]. Evaluation
-    takes all from the bank, as serving does. What the bank does not hold yet is always encoded.
+    takes all from the bank, as serving does. What the bank does not hold yet is encoded without gradient and some items
+    at a time, so that a step takes no more memory at the start of training than later.
     """
 
     def __init__(self, schema: FeatureSchema, config: ModelConfig, store: TokenSource, device: torch.device) -> None:
@@ -165,24 +169,32 @@ class ContentPath(nn.Module):
         """Return the targets' content before the projection, which of them were encoded, and the bank's metrics."""
         if bank is None or self.bank is None:
             return *self.encode(items.target_U), {}
-        fresh_F = self._fresh(bank.written_U)
+        drawn_U = self._draw(bank.written_U)
+        fresh_F, missing_G = (mask_U.nonzero().squeeze(1) for mask_U in (drawn_U, ~drawn_U & ~bank.written_U))
         fresh_FD, present_F = self.encode(items.target_U[fresh_F])
-        raw_UD, encoded_U = fresh_FD, present_F
-        if fresh_F.numel() < items.target_U.numel():
-            raw_UD = bank.target_UD.index_copy(0, fresh_F, fresh_FD)
-            encoded_U = torch.zeros_like(bank.written_U).index_copy_(0, fresh_F, present_F)
+        missing_GD, present_G = self._encode_missing(items.target_U[missing_G], bank.target_UD)
+        raw_UD = bank.target_UD.index_copy(0, missing_G, missing_GD).index_copy(0, fresh_F, fresh_FD)
+        encoded_U = torch.zeros_like(drawn_U).index_copy_(0, fresh_F, present_F)
         if self.training:
-            self.bank.write(items.target_U[fresh_F][present_F], fresh_FD[present_F], step)
+            known_K = torch.cat([fresh_F[present_F], missing_G[present_G]])
+            self.bank.write(items.target_U[known_K], raw_UD[known_K], step)
         return raw_UD, encoded_U, _bank_metrics(bank, fresh_F, fresh_FD)
 
-    def _fresh(self, written_U: Tensor) -> Tensor:
-        """Choose the targets to encode; return their places."""
+    def _draw(self, written_U: Tensor) -> Tensor:
+        """Choose the targets to encode with gradient; return which."""
         if not self.training:
-            return (~written_U).nonzero().squeeze(1)
+            return torch.zeros_like(written_U)
         if self._encode_fraction >= 1:
-            return torch.arange(written_U.numel(), device=written_U.device)
-        drawn_U = torch.rand(written_U.numel(), device=written_U.device) < self._encode_fraction
-        return (drawn_U | ~written_U).nonzero().squeeze(1)
+            return torch.ones_like(written_U)
+        return torch.rand(written_U.numel(), device=written_U.device) < self._encode_fraction
+
+    @torch.no_grad()
+    def _encode_missing(self, item_G: Tensor, like_UD: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode items that the bank does not hold, `ITEMS_AT_A_TIME`; see `encode`."""
+        if not item_G.numel():
+            return like_UD[:0], torch.zeros_like(item_G, dtype=torch.bool)
+        parts = [self.encode(part_G) for part_G in item_G.split(ITEMS_AT_A_TIME)]
+        return torch.cat([part_GD for part_GD, _ in parts]), torch.cat([present_G for _, present_G in parts])
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 
 from torchrec_em3.batch import TARGET
 from torchrec_em3.config import Config
+from torchrec_em3.content_path import ITEMS_AT_A_TIME
 from torchrec_em3.datasets.loader import BatchStream, batch_loader
 from torchrec_em3.datasets.prepared import PreparedData, Split
 from torchrec_em3.errors import NumericError
@@ -18,8 +19,6 @@ from torchrec_em3.sharding import ShardedModel
 
 __all__ = ["Predictions", "evaluate_split", "predict", "refresh_bank", "save_embeddings"]
 
-REFRESH_ITEMS = 512
-"""Items that one rank encodes at a time when the bank is refreshed."""
 MAP_ITEMS = 3000
 """Items whose embeddings a run keeps for the report."""
 
@@ -47,10 +46,10 @@ def refresh_bank(sharded: ShardedModel, ranks: Ranks) -> None:
     training = content.training
     content.eval()
     rows = sharded.model.item_rows
-    stride = REFRESH_ITEMS * ranks.world_size
+    stride = ITEMS_AT_A_TIME * ranks.world_size
     for start in range(1, rows, stride):
-        first = start + ranks.rank * REFRESH_ITEMS
-        items = torch.arange(min(first, rows), min(first + REFRESH_ITEMS, rows), device=ranks.device)
+        first = start + ranks.rank * ITEMS_AT_A_TIME
+        items = torch.arange(min(first, rows), min(first + ITEMS_AT_A_TIME, rows), device=ranks.device)
         content_UD, present_U = content.encode(items)
         content.bank.write(items[present_U], content_UD[present_U], max(sharded.model.step, 1))
     content.train(training)

@@ -154,9 +154,9 @@ def test_a_fraction_of_the_targets_is_encoded_and_the_rest_read_from_the_bank() 
     model = build(store, encode_fraction=1e-9)
     data = batch([1, 2, 3], [[1], [2], []])
     first = model(data)[1].logit
-    assert store.fetched == [[1, 2, 3]], "what the bank does not hold is encoded"
+    assert store.fetched == [[], [1, 2, 3]], "what the bank does not hold is encoded, if without gradient"
     second = model(data)[1].logit
-    assert store.fetched[1:] == [[]]
+    assert store.fetched[2:] == [[]]
     assert torch.allclose(first[2], second[2], atol=1e-6)
     loss, _ = model(data)
     loss.backward()
@@ -172,12 +172,12 @@ def test_evaluation_encodes_only_what_the_bank_does_not_hold() -> None:
     mixed = logits(model, (1, []), (5, []))
     assert store.fetched[-1] == [5]
     assert model.content is not None
-    model.content._fresh = lambda written_U: torch.arange(len(written_U))  # as if the bank held nothing
+    model.content._draw = torch.ones_like  # as if the bank held nothing
     torch.testing.assert_close(logits(model, (1, []), (5, [])), mixed)
 
 
 def test_only_targets_encoded_in_the_step_are_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(encode_fraction=1e-9)
+    model = build(encode_fraction=0.5)
     aligned: list[list[int]] = []
     compute = model.alignment.forward
 
@@ -186,9 +186,13 @@ def test_only_targets_encoded_in_the_step_are_aligned(monkeypatch: pytest.Monkey
         return compute(content_UD, id_UD, item_U, count_U)
 
     monkeypatch.setattr(model.alignment, "forward", record)
-    model(batch([1, 2, 2, 11], [[], [], [], []]))
-    model(batch([1, 2, 3, 4], [[], [], [], []]))
-    assert aligned == [[1, 2], [3, 4]], "1 and 2 come from the bank in the second step; 11 has no content"
+    assert model.content is not None
+    monkeypatch.setattr(model.content, "_draw", lambda written_U: torch.arange(len(written_U)) != 1)
+    model(batch([1, 2, 3, 3, 11], [[], [], [], [], []]))
+    assert aligned == [[1, 3]], "2 was not drawn, 11 has no content"
+    rows = torch.arange(SCHEMA.item_rows)
+    assert model.content.bank is not None
+    assert model.content.bank.read(rows)[1].nonzero().squeeze(1).tolist() == [1, 2, 3], "2 is in the bank all the same"
 
 
 @pytest.mark.parametrize("history", ["none", "lora_qformer", "shared"])
