@@ -193,7 +193,7 @@ class ContentPath(nn.Module):
         """Encode items that the bank does not hold, `ITEMS_AT_A_TIME`; see `encode`."""
         if not item_G.numel():
             return like_UD[:0], torch.zeros_like(item_G, dtype=torch.bool)
-        parts = [self.encode(part_G) for part_G in item_G.split(ITEMS_AT_A_TIME)]
+        parts = [self.encode(part_G) for part_G in torch.split(item_G, ITEMS_AT_A_TIME)]
         return torch.cat([part_GD for part_GD, _ in parts]), torch.cat([present_G for _, present_G in parts])
 
 
