@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.content_bank import NEVER, ContentBank
+from torchrec_em3.components.histories.shared import any_token
 from torchrec_em3.components.interest import target_attention
 from torchrec_em3.config import NONE, ModelConfig
 from torchrec_em3.errors import ConfigError
@@ -136,11 +137,15 @@ class ContentPath(nn.Module):
                 f"--model.history {config.history} does not keep; use 1 or --model.history cache"
             )
 
-    def encode(self, item_U: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tower's output [U, D] and which items have any content, present_U."""
-        tokens = self._store.fetch(item_U, item_U.device)
-        present_U = torch.stack([modality.valid_UT.any(1) for modality in tokens.values()]).any(0)
-        return self.tower(tokens), present_U
+    def encode(self, item_U: Tensor, store: TokenSource | None = None) -> tuple[Tensor, Tensor]:
+        """Return the tower's output [U, D] and which items have any content, present_U.
+
+        Args:
+            item_U: Rows of the store.
+            store: Where the tokens are; None for the catalogue's own.
+        """
+        tokens = (self._store if store is None else store).fetch(item_U, item_U.device)
+        return self.tower(tokens), any_token(tokens)
 
     def forward(self, items: DistinctItems, step: int) -> Content:
         """Return the content of a batch's items; while training, also write the bank as of `step`. Collective."""

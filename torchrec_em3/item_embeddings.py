@@ -22,17 +22,14 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from torchrec_em3.content_path import ContentPath, TokenSource
+from torchrec_em3.content_path import ITEMS_AT_A_TIME, ContentPath, TokenSource
 from torchrec_em3.datasets.raw import RawItems
-from torchrec_em3.datasets.tokens import TokenStore
 from torchrec_em3.errors import ConfigError, DataError, NumericError
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.trained_run import TrainedRun
 
 __all__ = ["ItemEmbeddings", "embed_catalogue", "embed_new_items", "import_faiss"]
 
-BATCH_ITEMS = 512
-"""Items that one rank encodes at a time."""
 TABLE_FILE, VECTOR_FILE, INDEX_FILE = "items.parquet", "items.safetensors", "items.faiss"
 ORIGIN, AGAIN = "origin", "run em3 embed again"
 
@@ -141,17 +138,16 @@ def embed_catalogue(trained: TrainedRun, ranks: Ranks) -> ItemEmbeddings | None:
         NumericError: If an embedding is not finite.
     """
     model, catalogue = trained.sharded.model, trained.data.items
-    store = TokenStore(trained.data.tokens_folder) if model.content is not None else None
     rows, parts = model.item_rows, []
-    stride = BATCH_ITEMS * ranks.world_size
+    stride = ITEMS_AT_A_TIME * ranks.world_size
     with tqdm(total=rows - 1, desc="embed", unit="item", disable=None if ranks.is_first else True) as bar:
         for start in range(1, rows, stride):
-            first = start + ranks.rank * BATCH_ITEMS
-            items_U = torch.arange(min(first, rows), min(first + BATCH_ITEMS, rows), device=ranks.device)
+            first = start + ranks.rank * ITEMS_AT_A_TIME
+            items_U = torch.arange(min(first, rows), min(first + ITEMS_AT_A_TIME, rows), device=ranks.device)
             id_UD, _, _ = model.items(items_U, items_U[:0])
             part = {"id": id_UD, "known": model.items.known(items_U)}
-            if model.content is not None and store is not None:
-                part |= _encode(model.content, store, items_U)
+            if model.content is not None:
+                part |= _encode(model.content, items_U)
             parts.append(_to_numpy(part))
             bar.update(min(stride, rows - start))
     gathered = ranks.gather(parts)
@@ -180,9 +176,9 @@ def embed_new_items(trained: TrainedRun, items: RawItems, store: TokenSource) ->
         raise ConfigError("the run has --model.content none, so its model cannot tell new items apart")
     device, parts, count = content.projection.weight.device, [], len(items.item_id)
     with tqdm(total=count, desc="embed", unit="item", disable=None) as bar:
-        for start in range(0, count, BATCH_ITEMS):
-            rows_U = torch.arange(start, min(start + BATCH_ITEMS, count), device=device) + 1
-            part = {"known": torch.zeros(len(rows_U), dtype=torch.bool), **_encode(content, store, rows_U)}
+        for start in range(0, count, ITEMS_AT_A_TIME):
+            rows_U = torch.arange(start, min(start + ITEMS_AT_A_TIME, count), device=device) + 1
+            part = {"known": torch.zeros(len(rows_U), dtype=torch.bool), **_encode(content, rows_U, store)}
             parts.append(_to_numpy(part))
             bar.update(len(rows_U))
     return _assemble(items.item_id.tolist(), items.title.tolist(), parts, trained.origin)
@@ -200,10 +196,8 @@ def import_faiss() -> Any:
         raise ConfigError(f"--faiss needs faiss-cpu ({error}); run: pip install torchrec-em3[faiss]") from error
 
 
-def _encode(content: ContentPath, store: TokenSource, rows_U: Tensor) -> dict[str, Tensor]:
-    tokens = store.fetch(rows_U, rows_U.device)
-    tower_UD = content.tower(tokens)
-    present_U = torch.stack([modality.valid_UT.any(1) for modality in tokens.values()]).any(0)
+def _encode(content: ContentPath, rows_U: Tensor, store: TokenSource | None = None) -> dict[str, Tensor]:
+    tower_UD, present_U = content.encode(rows_U, store)
     return {"tower": tower_UD, "content": content.projection(tower_UD), "present": present_U}
 
 

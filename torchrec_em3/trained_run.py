@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder
@@ -25,12 +26,14 @@ class TrainedRun:
         config: Its options.
         data: The prepared folder it was trained on.
         sharded: The model in evaluation mode, with the averaged dense weights of the best checkpoint.
+        progress: Where training stood at that checkpoint (see `train.Progress`).
         origin: See `describe_origin`.
     """
 
     config: Config
     data: PreparedData
     sharded: ShardedModel
+    progress: dict[str, Any]
     origin: dict[str, str]
 
 
@@ -53,18 +56,17 @@ def open_trained_run(run: Path, ranks: Ranks, data_folder: str = "") -> TrainedR
     checkpoints = CheckpointFolder(run / "checkpoints", ranks)
     step = checkpoints.best_good()
     sharded = build_sharded(config, data, ranks)
-    checkpoints.load(step, sharded, optimizer=False)
+    progress = checkpoints.load(step, sharded, optimizer=False)
     sharded.model.step = step
     sharded.module.eval()
-    return TrainedRun(config, data, sharded, describe_origin(checkpoints, data))
+    return TrainedRun(config, data, sharded, progress, describe_origin(checkpoints, step, data))
 
 
-def describe_origin(checkpoints: CheckpointFolder, data: PreparedData) -> dict[str, str]:
+def describe_origin(checkpoints: CheckpointFolder, step: int, data: PreparedData) -> dict[str, str]:
     """Name the weights and the data that whatever is made of a run comes from: `checkpoint` and `data`.
 
     A checkpoint's manifest holds the hash of each of its files, so the manifest's own hash stands for all weights.
     """
-    step = checkpoints.best_good()
     manifest = checkpoints.path(step) / "manifest.json"
     if not manifest.is_file():
         raise CheckpointError(f"{manifest} is missing, so the checkpoint is incomplete; use another one")

@@ -219,7 +219,7 @@ def test_embeddings_of_another_checkpoint_or_data_are_not_read(world: World, tmp
 
 
 def embed_in_small_batches(run: Path, out: Path) -> None:
-    item_embeddings.BATCH_ITEMS = 16
+    item_embeddings.ITEMS_AT_A_TIME = 16
     embed.main([str(run), "--out", str(out)])
 
 

@@ -1,18 +1,16 @@
 """`em3 evaluate`: measure the best checkpoint of a run again."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchrec_em3.build import build_sharded, open_data
-from torchrec_em3.checkpoint import CheckpointFolder
 from torchrec_em3.commands.train import measure
 from torchrec_em3.parsing import CommandParser
 from torchrec_em3.process_group import process_group
-from torchrec_em3.run_folder import peak_rss_bytes, read_run
+from torchrec_em3.run_folder import peak_rss_bytes
 from torchrec_em3.runlog import configure_logging
+from torchrec_em3.trained_run import open_trained_run
 
 DESCRIPTION = "Measure the best checkpoint of a run on validation and test again, and write summary.json anew."
 
@@ -24,23 +22,17 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--data", type=str, default="", help="Prepared folder, if it has moved since training.")
     values = parser.parse(arguments)
     run = Path(values.run)
-    config = read_run(run)
-    if values.data:
-        config = dataclasses.replace(config, data=values.data)
     with process_group() as ranks:
         configure_logging(ranks.is_first)
-        data = open_data(config)
-        sharded = build_sharded(config, data, ranks)
-        checkpoints = CheckpointFolder(run / "checkpoints", ranks)
-        progress = checkpoints.load(checkpoints.best_good(), sharded, optimizer=False)
-        sharded.model.step = progress["step"]
+        trained = open_trained_run(run, ranks, values.data)
+        progress = trained.progress
         training = _recorded(run) or {
             "samples": progress["samples"],
             "cpu_seconds": progress["cpu_seconds"],
             "peak_rss_bytes": peak_rss_bytes(ranks),
         }
         training["best_step"] = progress["step"]
-        measure(run, config, data, sharded, ranks, training)
+        measure(run, trained.config, trained.data, trained.sharded, ranks, training)
 
 
 def _recorded(run: Path) -> dict[str, Any] | None:

@@ -49,7 +49,8 @@ def _embeddings(run: Path, data_folder: str) -> ItemEmbeddings:
     config = read_run(run)
     with process_group() as ranks:
         data = open_data(dataclasses.replace(config, data=data_folder or config.data))
-        origin = describe_origin(CheckpointFolder(run / "checkpoints", ranks), data)
+        checkpoints = CheckpointFolder(run / "checkpoints", ranks)
+        origin = describe_origin(checkpoints, checkpoints.best_good(), data)
         items = ItemEmbeddings.read(run / "items", origin)
         if items is None:
             items = embed_catalogue(open_trained_run(run, ranks, data_folder), ranks)
