@@ -4,6 +4,7 @@ import faulthandler
 import math
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -65,11 +66,18 @@ class StepWatchdog:
         return time.monotonic() > self._deadline
 
     def _end(self) -> None:
+        # One write: ranks that time out together would otherwise mix the pieces of their stacks in the same log.
         sys.stderr.write(
             f"em3: a step took more than --train.step_timeout {self._seconds:g} s on rank {self._rank}; "
-            "its threads are below. Continue with --resume, with a longer time if the step was only slow\n"
+            f"its threads are below. Continue with --resume, with a longer time if the step was only slow\n{_stacks()}"
         )
         sys.stderr.flush()
-        faulthandler.dump_traceback(file=2, all_threads=True)
         time.sleep(GRACE_SECONDS)
         os._exit(EXIT_CODE)
+
+
+def _stacks() -> str:
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
