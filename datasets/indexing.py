@@ -205,18 +205,30 @@ def _split(
     if name not in splits.SPLITS:
         known = list(splits.SPLITS)
         raise ConfigError(f"unknown split '{name}'; known: {', '.join(known)}.{closest(name, known)}")
-    if name == "leave_last":
-        order = np.empty(len(user), dtype=np.int64)
-        order[np.argsort(raw.timestamp, kind="stable")] = np.arange(len(user))
-        return splits.leave_last(user, order), None
-    if not raw.timed:
+    if name == "temporal" and not raw.timed:
         raise ConfigError(
-            f"--split {name} needs the time of every event, but data set '{raw.name}' knows only the order of each "
-            "user's events; use --split leave_last"
+            f"--split temporal needs the time of every event, but data set '{raw.name}' knows only the order of each "
+            "user's events; use --split leave_last or cold_items"
         )
+    if name == "leave_last":
+        return _leave_last(user, raw.timestamp), None
     if name == "temporal":
         return splits.temporal(raw.timestamp)
-    return splits.cold_items(item, raw.timestamp, seed)
+    split = splits.cold_items(item, seed)
+    warm = split == splits.TRAIN
+    cuts = None
+    if raw.timed:
+        split[warm], cuts = splits.temporal(raw.timestamp[warm])
+    else:
+        split[warm] = _leave_last(user[warm], raw.timestamp[warm])
+    return split, cuts
+
+
+def _leave_last(user: np.ndarray, timestamp: np.ndarray) -> np.ndarray:
+    """Take each user's last two events; those of one instant keep the order in which they were given."""
+    order = np.empty(len(user), dtype=np.int64)
+    order[np.argsort(timestamp, kind="stable")] = np.arange(len(user))
+    return splits.leave_last(user, order)
 
 
 def _draw_negatives(

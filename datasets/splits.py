@@ -68,26 +68,22 @@ def leave_last(user: np.ndarray, order: np.ndarray) -> np.ndarray:
     return split
 
 
-def cold_items(
-    item: np.ndarray, timestamps: np.ndarray, seed: int, share: float = 0.1
-) -> tuple[np.ndarray, tuple[int, int]]:
-    """Keep a seeded share of the items out of training altogether, and cut the other items' events by global time.
+def cold_items(item: np.ndarray, seed: int, share: float = 0.1) -> np.ndarray:
+    """Choose a seeded share of the items that never train, each with all its events, whenever these happened.
 
-    Half of the cold items (the smaller half where their number is odd) belong to validation and half to test, with all
-    their events, whenever these happened.
+    Half of the cold items (the smaller half where their number is odd) belong to validation and half to test.
 
     Args:
         item: Item of each event, integers [N]. Numbers must mean the same items wherever the same split is wanted.
-        timestamps: Integers [N].
         seed: Seed of the choice of items.
         share: Share of the distinct items that is cold, between 0 and 1; at least two items are.
 
     Returns:
-        The split of each event, and the first timestamp of validation and of test among events of warm items.
+        VALIDATION and TEST for the events of cold items, TRAIN for those of all others, which are still to be split.
 
     Raises:
         ConfigError: If the share is not between 0 and 1.
-        DataError: If no item would be left to train on, or warm events have fewer than three distinct timestamps.
+        DataError: If no item would be left to train on.
     """
     if not 0 < share < 1:
         raise ConfigError(f"share of cold items is {share}, must be between 0 and 1")
@@ -99,6 +95,4 @@ def cold_items(
     split = np.full(len(item), TRAIN, dtype=np.int8)
     split[np.isin(item, cold[: num_cold // 2])] = VALIDATION
     split[np.isin(item, cold[num_cold // 2 :])] = TEST
-    warm = split == TRAIN
-    split[warm], cuts = temporal(timestamps[warm])
-    return split, cuts
+    return split

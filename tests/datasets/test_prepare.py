@@ -98,6 +98,28 @@ def test_leave_last_leaves_last(tmp_path: Path) -> None:
     assert indexed.time_cuts is None
 
 
+@pytest.mark.parametrize("timed", [True, False])
+def test_cold_items_leave_warm_events_to_time_or_to_each_users_order(timed: bool) -> None:
+    raw = replace(make_raw(), timed=timed)
+    indexed = index_dataset(raw, split="cold_items", seed=1, label_threshold=4.0)
+    events = indexed.events
+    trained = set(events["item"][events["split"] == TRAIN].tolist())
+    cold = np.array([one for one in np.unique(events["item"]) if one not in trained])
+    warm = np.isin(events["item"], list(trained))
+    assert len(cold) >= 3
+    assert not np.isin(events["split"][np.isin(events["item"], cold)], TRAIN).any()
+    if timed:
+        assert indexed.time_cuts is not None
+        assert events["timestamp"][warm & (events["split"] == TRAIN)].max() < indexed.time_cuts[0]
+    else:
+        assert indexed.time_cuts is None
+        for user in np.unique(events["user"]):
+            mine = events["split"][warm & (events["user"] == user)].tolist()
+            assert mine == sorted(mine), "a user's warm events train before they are held out"
+            assert mine.count(VALIDATION) <= 1
+            assert mine.count(TEST) <= 1
+
+
 def test_labels_without_threshold_must_be_zero_or_one() -> None:
     raw = make_raw()
     clicks = replace(raw, rating=(raw.rating > 3).astype(np.float32))
