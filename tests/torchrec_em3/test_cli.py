@@ -142,12 +142,18 @@ def test_train_evaluate_report_plan_contract(tiny_data: Path, tmp_path: Path) ->
         "1",
     ]
     id_only, em3_run = tmp_path / "id_only", tmp_path / "em3"
-    program("train", *common, "--run", str(id_only), "--model.content", "none", "--seed", "3")
+    program("train", *common, "--run", str(id_only), "--model.content", "none", "--seed", "3", "--skip_evaluation")
+    assert not (id_only / "summary.json").exists()
+    training = json.loads((id_only / "training.json").read_text())
+    program("evaluate", str(id_only))
     program("train", *common, "--run", str(em3_run))
     summary = json.loads((id_only / "summary.json").read_text())
     assert summary["seed"] == 3
     assert summary["split"] == "temporal"
-    assert summary["samples"] > 0
+    assert summary["samples"] == training["samples"] > 0
+    assert summary["peak_rss_bytes"] == training["peak_rss_bytes"] > 0
+    assert summary["best_step"] == training["best_step"]
+    assert summary["cpu_seconds_per_1k"] == pytest.approx(1000 * training["cpu_seconds"] / training["samples"])
     assert {"auc", "gauc", "ne", "logloss", "slices"} <= summary["test"].keys()
     assert list(summary["test"]["slices"]["item_frequency"]) == ["0", "1-5", "6-20", "21+"]
     assert all({"auc", "n"} <= part.keys() for part in summary["test"]["slices"]["item_frequency"].values())

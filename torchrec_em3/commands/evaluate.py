@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchrec_em3.commands.train import measure
+from torchrec_em3.commands.train import TRAINING_FILE, measure
 from torchrec_em3.parsing import CommandParser
 from torchrec_em3.process_group import process_group
 from torchrec_em3.run_folder import peak_rss_bytes
@@ -37,13 +37,6 @@ def main(arguments: Sequence[str]) -> None:
 
 def _recorded(run: Path) -> dict[str, Any] | None:
     """Return what training wrote of itself, or None if it did not get to the end."""
-    path = run / "summary.json"
-    if not path.is_file():
-        return None
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    samples = summary["samples"]
-    return {
-        "samples": samples,
-        "cpu_seconds": (summary["cpu_seconds_per_1k"] or 0.0) * samples / 1000.0,
-        "peak_rss_bytes": summary["peak_rss_bytes"],
-    }
+    path = run / TRAINING_FILE
+    recorded: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return recorded

@@ -14,10 +14,11 @@ from torchrec_em3.evaluate import evaluate_split, save_embeddings
 from torchrec_em3.parsing import CommandParser, parse_config
 from torchrec_em3.process_group import Ranks, process_group
 from torchrec_em3.run_folder import create_run, peak_rss_bytes, write_summary
-from torchrec_em3.runlog import configure_logging
+from torchrec_em3.runlog import configure_logging, write_json
 from torchrec_em3.sharding import ShardedModel
 from torchrec_em3.train import Trainer
 
+TRAINING_FILE = "training.json"
 logger = logging.getLogger(__name__)
 DESCRIPTION = "Train a model on a prepared folder; under torchrun or torchx the same command trains on many processes."
 
@@ -33,16 +34,23 @@ def main(arguments: Sequence[str]) -> None:
             # is saved.
             resume = ranks.broadcast(CheckpointFolder(Path(config.run) / "checkpoints", ranks).was_used())
             overwrite = not resume
-        train(config, ranks, resume=resume, overwrite=overwrite)
+        train(config, ranks, resume=resume, overwrite=overwrite, evaluate=not values.skip_evaluation)
 
 
 def _add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--resume", action="store_true", help="Continue the run from its last checkpoint.")
     parser.add_argument("--overwrite", action="store_true", help="Replace a run that the folder holds already.")
+    parser.add_argument(
+        "--skip_evaluation",
+        action="store_true",
+        help="End after training, without reading the test split; `em3 evaluate RUN` does the rest.",
+    )
 
 
-def train(config: Config, ranks: Ranks, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Train one run and return its summary. Collective."""
+def train(
+    config: Config, ranks: Ranks, *, resume: bool = False, overwrite: bool = False, evaluate: bool = True
+) -> dict[str, Any] | None:
+    """Train one run and, where `evaluate` is set, return its summary. Collective."""
     data = open_data(config)
     sharded = build_sharded(config, data, ranks)
     run = create_run(config, ranks, sharded.plan, resume=resume, overwrite=overwrite)
@@ -56,6 +64,11 @@ def train(config: Config, ranks: Ranks, *, resume: bool = False, overwrite: bool
         "cpu_seconds": ranks.broadcast(sum(gathered) if gathered is not None else None),
         "peak_rss_bytes": peak_rss_bytes(ranks),
     }
+    if ranks.is_first:
+        write_json(run / TRAINING_FILE, training)
+    if not evaluate:
+        logger.info("wrote %s; next: em3 evaluate %s", run, run)
+        return None
     return measure(run, config, data, sharded, ranks, training)
 
 
