@@ -1,0 +1,175 @@
+"""Tables of a suite from results.jsonl: mean, deviation, number of seeds, and a paired test against ID-only.
+
+    python benchmarks/tables.py --suite movielens [--results FILE ...] [--out benchmarks/results/movielens.md]
+
+Runs of several commits are never put into one table; nor are two preparations of one data set.
+"""
+
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import auto_cli
+from ledger import Ledger
+from scipy.stats import ttest_rel
+from suite import BASELINE
+
+Record = dict[str, Any]
+Cell = dict[int, Record]
+"""Runs of one row by seed."""
+
+COLUMNS = {
+    "AUC": ("auc",),
+    "GAUC": ("gauc",),
+    "NE": ("ne",),
+    "AUC, items of 0 training rows": ("slices", "item_frequency", "0", "auc"),
+    "1-5": ("slices", "item_frequency", "1-5", "auc"),
+    "6-20": ("slices", "item_frequency", "6-20", "auc"),
+    "21+": ("slices", "item_frequency", "21+", "auc"),
+    "AUC, new users": ("slices", "user", "new", "auc"),
+}
+TESTED = ("AUC", "AUC, items of 0 training rows", "21+")
+"""Columns that are compared with ID-only, seed by seed."""
+
+
+def main(
+    suite: str, results: tuple[str, ...] = ("runs/benchmark/results.jsonl",), commit: str = "", out: str = ""
+) -> None:
+    """Write the tables.
+
+    Args:
+        suite: Suite whose runs are wanted.
+        results: Files of finished runs.
+        commit: Runs of this commit; needed where there are several.
+        out: Markdown file; benchmarks/results/SUITE.md if not given.
+    """
+    records = [record for name in results for record in Ledger(Path(name)).read() if record["suite"] == suite]
+    records = [record for record in records if record["commit"].startswith(commit)]
+    check_alike(records)
+    parts = [_heading(suite, records)]
+    for (dataset, split, group), rows in _grouped(records).items():
+        parts.append(_section(dataset, split, group, rows, _baselines(records, dataset, split)))
+    path = Path(out or f"benchmarks/results/{suite}.md")
+    path.write_text("\n".join(parts), encoding="utf-8")
+    print("\n".join(parts))
+
+
+def check_alike(records: list[Record]) -> None:
+    """Refuse to compare what was not run alike.
+
+    Raises:
+        SystemExit: If there are no runs, or runs of several commits, numbers of trials or preparations of a data set.
+    """
+    if not records:
+        raise SystemExit("no runs of this suite and commit; run benchmarks/run.py first")
+    commits = sorted({record["commit"] for record in records})
+    if len(commits) > 1:
+        raise SystemExit(f"runs of several commits, {', '.join(commits)}; choose one with --commit")
+    trials = sorted({record["trials"] for record in records})
+    if len(trials) > 1:
+        raise SystemExit(f"rows were searched with different effort, {trials} trials; a comparison needs the same")
+    hashes = defaultdict(set)
+    for record in records:
+        hashes[record["dataset"], record["split"]].add(record["data"]["hash"])
+    for (dataset, split), found in hashes.items():
+        if len(found) > 1:
+            raise SystemExit(f"{dataset}, {split}: runs on {len(found)} preparations of the data, {sorted(found)}")
+
+
+def _grouped(records: Iterable[Record]) -> dict[tuple[str, str, str], dict[tuple[str, str], Cell]]:
+    """Return runs by table, row and seed, in the order in which they were run."""
+    found: dict[tuple[str, str, str], dict[tuple[str, str], Cell]] = {}
+    for record in records:
+        table = found.setdefault((record["dataset"], record["split"], record["group"]), {})
+        table.setdefault((record["ranker"], record["row"]), {})[record["seed"]] = record
+    return found
+
+
+def _baselines(records: Iterable[Record], dataset: str, split: str) -> dict[str, Cell]:
+    """Return the ID-only runs of a data set by ranker."""
+    tables = _grouped(record for record in records if (record["dataset"], record["split"]) == (dataset, split))
+    rows = {key: cell for table in tables.values() for key, cell in table.items()}
+    return {ranker: cell for (ranker, name), cell in rows.items() if name == BASELINE}
+
+
+def _heading(suite: str, records: list[Record]) -> str:
+    trials = records[0]["trials"]
+    searched = ", ".join(records[0]["search"][0]["options"])
+    return (
+        f"# Benchmark suite `{suite}`\n\n"
+        f"Test split, mean ± standard deviation over seeds. Each row searched {trials} points of {searched} on the "
+        "validation split with seed 0, the same points for every row, and then read the test split once a seed. "
+        f"Lines in italics: the difference to {BASELINE} with the same ranker, seed by seed, with the p-value of a "
+        "paired t-test. CPU s is of training, per 1,000 rows, on machines with other work. "
+        f"Commit {records[0]['commit']}. Printed by\n\n```\npython {shlex.join(sys.argv)}\n```\n"
+    )
+
+
+def _section(
+    dataset: str, split: str, group: str, rows: dict[tuple[str, str], Cell], baselines: dict[str, Cell]
+) -> str:
+    first = next(iter(next(iter(rows.values())).values()))
+    counts, slices = first["data"]["counts"], first["test"]["slices"]["item_frequency"]
+    lines = [
+        f"## {dataset}, `{split}`: {group}\n",
+        f"{counts['users']} users, {counts['items']} items; train {counts['train']}, "
+        f"validation {counts['validation']}, test {counts['test']} rows; test rows by training rows of the item: "
+        + ", ".join(f"{key}: {part['n']}" for key, part in slices.items()),
+        "",
+        "| | seeds | " + " | ".join(COLUMNS) + " | CPU s |",
+        "|---" * (len(COLUMNS) + 3) + "|",
+    ]
+    for (ranker, name), cell in rows.items():
+        lines.append(_line(f"{ranker}, {name}", cell))
+        baseline = baselines.get(ranker)
+        if baseline and name != BASELINE:
+            lines.append(_difference(cell, baseline))
+    return "\n".join([*lines, ""])
+
+
+def _line(label: str, cell: Cell) -> str:
+    figures = [_mean(column) for column in _columns(cell.values())]
+    cost = np.mean([record["cpu_seconds_per_1k"] for record in cell.values()])
+    return f"| {label} | {len(cell)} | {' | '.join(figures)} | {cost:.3f} |"
+
+
+def _difference(cell: Cell, baseline: Cell) -> str:
+    """Return the line of differences over the seeds that both rows have."""
+    seeds = sorted(cell.keys() & baseline.keys())
+    before, after = (list(_columns(which[seed] for seed in seeds)) for which in (baseline, cell))
+    figures = []
+    for name, one, other in zip(COLUMNS, before, after, strict=True):
+        if name not in TESTED or np.isnan(one).any() or np.isnan(other).any():
+            figures.append("")
+            continue
+        tested = f", p {ttest_rel(other, one).pvalue:.2g}" if len(seeds) > 1 else ""
+        figures.append(f"{np.mean(other - one):+.4f}{tested}")
+    return f"| *minus {BASELINE}* | {len(seeds)} | {' | '.join(figures)} | |"
+
+
+def _columns(records: Iterable[Record]) -> Iterator[np.ndarray]:
+    kept = list(records)
+    for path in COLUMNS.values():
+        yield np.array([_at(record["test"], path) for record in kept], dtype=np.float64)
+
+
+def _at(values: Any, path: tuple[str, ...]) -> float | None:
+    for name in path:
+        values = values[name]
+    found: float | None = values
+    return found
+
+
+def _mean(column: np.ndarray) -> str:
+    if np.isnan(column).any():
+        return "undefined"
+    deviation = f" ± {column.std(ddof=1):.4f}" if len(column) > 1 else ""
+    return f"{column.mean():.4f}{deviation}"
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -1,0 +1,188 @@
+"""The matrix of runs: what is searched, trained and measured, how often, and what a table refuses."""
+
+import itertools
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.benchmarks.scripts import load
+
+SPACE = {"train.learning_rate": [0.001, 0.0005], "embeddings.learning_rate": [0.05, 0.1]}
+SUITE = """
+config: configs/movielens.yaml
+search: {train.learning_rate: [0.001, 0.0005], embeddings.learning_rate: [0.05, 0.1]}
+datasets:
+  tiny:
+    reader: movielens
+    folder: tiny-1m
+    first_found: {ratings: [all.dat, part.dat]}
+    splits: [temporal, cold_items]
+    groups: [rankers]
+    options: {loader.batch_size: 64}
+"""
+
+
+class Program:
+    """Stands for `em3`: keeps what was asked, and writes what the real one would."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, ...]] = []
+
+    def __call__(self, log: Path, *arguments: str) -> None:
+        self.asked.append(arguments)
+        values = dict(itertools.pairwise(arguments))
+        if arguments[0] == "prepare":
+            folder = Path(values["--out"])
+            folder.mkdir(parents=True)
+            counts = {"users": 3, "items": 4, "train": 5, "validation": 6, "test": 7}
+            meta = {"dataset": "tiny", "content_hash": "a" * 64, "counts": counts}
+            (folder / "meta.json").write_text(json.dumps(meta))
+        elif arguments[0] == "train":
+            self._train(Path(values["--run"]), values, evaluated="--skip_evaluation" not in arguments)
+        else:
+            self._evaluate(Path(arguments[1]), json.loads((Path(arguments[1]) / "told.json").read_text()))
+
+    def _train(self, run: Path, values: dict[str, str], evaluated: bool) -> None:
+        run.mkdir(parents=True)
+        (run / "training.json").write_text("{}")
+        (run / "told.json").write_text(json.dumps(values))
+        (run / "config.yaml").write_text("train: {select_by: auc}")
+        auc = 0.7 + 0.1 * (values["--train.learning_rate"] == "0.0005")
+        (run / "metrics.jsonl").write_text(json.dumps({"phase": "validation", "auc": auc}) + "\n")
+        if evaluated:
+            self._evaluate(run, values)
+
+    @staticmethod
+    def _evaluate(run: Path, values: dict[str, str]) -> None:
+        part = {
+            "auc": 0.6 + 0.01 * float(values["--seed"]) ** 2 + 0.1 * (values.get("--model.content") != "none"),
+            "n": 9,
+        }
+        slices = {"item_frequency": dict.fromkeys(("0", "1-5", "6-20", "21+"), part), "user": {"new": part}}
+        test = {"auc": part["auc"], "gauc": None, "ne": 0.9, "slices": slices}
+        summary = {"validation": {}, "test": test, "samples": 10, "best_step": 2, "cpu_seconds_per_1k": 0.1}
+        (run / "summary.json").write_text(json.dumps(summary | {"peak_rss_bytes": 5, "parameters": {}}))
+
+    def count(self, command: str) -> int:
+        return sum(arguments[0] == command for arguments in self.asked)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    suite = load(monkeypatch, "suite")
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "suites" / "small.yaml").write_text(SUITE)
+    (tmp_path / "suites" / "rows.yaml").write_text((suite.SUITES / "rows.yaml").read_text())
+    monkeypatch.setattr(suite, "SUITES", tmp_path / "suites")
+    run = load(monkeypatch, "run")
+    monkeypatch.setattr(run, "_em3", Program())
+    monkeypatch.setattr(run, "commit_of", lambda: "c0ffee")
+    return run
+
+
+def results(work: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (work / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_row_is_searched_once_and_its_test_split_read_once_a_seed(script: ModuleType, tmp_path: Path) -> None:
+    program = script._em3
+    options = {"suite": "small", "dataset_dir": str(tmp_path), "work": str(tmp_path / "work"), "trials": 3}
+    script.main(**options, seeds=2, only="tiny/temporal/DIN, (ID-only|EM3)$")
+    assert [program.count(name) for name in ("prepare", "train", "evaluate")] == [1, 2 * (3 + 1), 2]
+    found = results(tmp_path / "work")
+    assert [(record["row"], record["seed"]) for record in found] == [
+        ("ID-only", 0), ("ID-only", 1), ("EM3", 0), ("EM3", 1)
+    ]  # fmt: skip
+    for record in found:
+        tried = record["search"]
+        assert tried[0]["options"] == {"train.learning_rate": 0.001, "embeddings.learning_rate": 0.05}
+        assert record["options"].items() >= max(tried, key=lambda trial: trial["validation"])["options"].items()
+        assert record["options"]["loader.batch_size"] == 64
+        assert tried == found[0]["search"], "all rows try the same points"
+    script.main(**options, seeds=2, only="tiny/temporal/DIN, (ID-only|EM3)$")
+    assert program.count("train") == 8, "what is there is not run again"
+    script.main(**options, seeds=3, only="tiny/temporal/DIN, EM3$")
+    assert [program.count(name) for name in ("prepare", "train", "evaluate")] == [1, 9, 2]
+
+
+def test_runs_of_another_commit_start_anew(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"suite": "small", "dataset_dir": str(tmp_path), "work": str(tmp_path / "work"), "trials": 1, "seeds": 1}
+    script.main(**options, only="tiny/temporal/DIN, EM3$")
+    monkeypatch.setattr(script, "commit_of", lambda: "beef")
+    script.main(**options, only="tiny/temporal/DIN, EM3$")
+    assert script._em3.count("train") == 2
+    with pytest.raises(SystemExit, match="matches none of tiny/temporal/DIN, ID-only"):
+        script.main(**options, only="nothing")
+    tables = load(monkeypatch, "tables")
+    with pytest.raises(SystemExit, match="runs of several commits, beef, c0ffee"):
+        tables.main("small", (str(tmp_path / "work" / "results.jsonl"),), out=str(tmp_path / "out.md"))
+    assert not (tmp_path / "out.md").exists()
+
+
+def test_a_table_compares_seed_by_seed(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"suite": "small", "dataset_dir": str(tmp_path), "work": str(tmp_path / "work"), "trials": 1}
+    script.main(**options, seeds=3, only="tiny/temporal/DLRM")
+    tables = load(monkeypatch, "tables")
+    tables.main("small", (str(tmp_path / "work" / "results.jsonl"),), out=str(tmp_path / "out.md"))
+    text = (tmp_path / "out.md").read_text()
+    assert "| DLRM, ID-only | 3 | 0.6167 ± 0.0208 | undefined | 0.9000 ± 0.0000 |" in text
+    assert "| DLRM, EM3 | 3 | 0.7167 ± 0.0208 |" in text
+    assert text.count("| *minus ID-only* | 3 | +0.1000, p ") == 2
+    records = results(tmp_path / "work")
+    for change, message in (
+        ({"trials": 2}, "different effort"),
+        ({"data": records[0]["data"] | {"hash": "b"}}, "2 preparations of the data"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            tables.check_alike([*records, records[0] | change])
+    with pytest.raises(SystemExit, match="no runs"):
+        tables.check_alike([])
+
+
+def test_the_paired_test_is_over_differences(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = load(monkeypatch, "tables")
+    part = {"auc": 0.5}
+
+    def cell(aucs: list[float]) -> dict[int, Any]:
+        slices = {"item_frequency": dict.fromkeys(("0", "1-5", "6-20", "21+"), part), "user": {"new": part}}
+        return {seed: {"test": {"auc": auc, "gauc": 0.5, "ne": 1.0, "slices": slices}} for seed, auc in enumerate(aucs)}
+
+    line = tables._difference(cell([0.61, 0.72, 0.68]), cell([0.60, 0.70, 0.66, 0.1]))
+    gain = np.array([0.01, 0.02, 0.02])
+    t = gain.mean() / (gain.std(ddof=1) / np.sqrt(3))
+    # Student's t with two degrees of freedom in closed form.
+    p = 1 - t / np.sqrt(2 + t * t)
+    assert line.startswith(f"| *minus ID-only* | 3 | +{gain.mean():.4f}, p {p:.2g} |")
+
+
+def test_a_line_that_a_kill_cut_short_is_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ledger = load(monkeypatch, "ledger")
+    path = tmp_path / "results.jsonl"
+    ledger.Ledger(path).add({"key": "a"})
+    path.write_text(path.read_text() + '{"key": "b"')
+    again = ledger.Ledger(path)
+    assert "a" in again
+    assert "b" not in again
+    again.add({"key": "b"})
+    assert "b" in ledger.Ledger(path)
+
+
+def test_the_publishers_file_stands_above_a_part_of_it(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "tiny-1m").mkdir()
+    for name, expected in (("part.dat", ["--ratings", "part.dat"]), ("all.dat", ["--ratings", "all.dat"])):
+        (tmp_path / "tiny-1m" / name).touch()
+        dataset = script.load_suite("small", tmp_path).datasets[0]
+        assert list(dataset.arguments) == ["movielens", "--source", str(tmp_path / "tiny-1m"), *expected]
+    with pytest.raises(ValueError, match="no suite 'large'; suites: small"):
+        script.load_suite("large", tmp_path)
+
+
+def test_all_suites_can_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    suite = load(monkeypatch, "suite")
+    for name in ("movielens", "amazon"):
+        cells = list(suite.load_suite(name, tmp_path).cells())
+        assert len({(dataset.name, split, row.group, row.label) for dataset, split, row in cells}) == len(cells) > 20
