@@ -129,7 +129,8 @@ def evaluate_split(
 
 
 def _measure(predictions: Predictions, data: PreparedData, split: Split) -> dict[str, Any]:
-    probability = data.split_rows(split)["probability"] if data.meta["simulated"] else None
+    rows = data.split_rows(split)
+    probability = rows["probability"] if data.meta["simulated"] else None
     metrics: dict[str, Any] = dict(ranking_metrics(predictions.label, predictions.logit, user=predictions.user))
     metrics["slices"] = sliced_metrics(
         predictions.label,
@@ -137,6 +138,7 @@ def _measure(predictions: Predictions, data: PreparedData, split: Split) -> dict
         train_count=data.item_train_count[predictions.item],
         known_user=data.user_train_count[predictions.user] > 0,
         user=predictions.user,
+        history_length=rows["history_end"] - data.history_offsets[rows["user"]],
         probability=probability,
     )
     if probability is not None:
