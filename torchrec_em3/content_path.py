@@ -16,6 +16,7 @@ from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.content_bank import NEVER, ContentBank
 from torchrec_em3.components.histories.shared import any_token
 from torchrec_em3.components.interest import target_attention
+from torchrec_em3.components.interfaces import output_width
 from torchrec_em3.config import NONE, ModelConfig
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.parts import build_part
@@ -122,7 +123,8 @@ class ContentPath(nn.Module):
             {modality.name: modality.max_tokens for modality in schema.modalities},
             width,
         )
-        self.projection = nn.Linear(width, width)
+        tower_width = output_width(self.tower, width)
+        self.projection = nn.Linear(tower_width, width)
         self.history: Any = None
         self.attention: Any = None
         self.bank: ContentBank | None = None
@@ -130,7 +132,7 @@ class ContentPath(nn.Module):
             self.history = build_part(HISTORIES, config.history, config.history_options, self.tower, width)
             self.attention = target_attention(width, config.content_attention_hidden)
             if self.history.uses_bank:
-                self.bank = ContentBank(schema.item_rows, width, device)
+                self.bank = ContentBank(schema.item_rows, tower_width, device)
         if self.bank is None and config.encode_fraction < 1:
             raise ConfigError(
                 f"--model.encode_fraction {config.encode_fraction} reads the other items from the content bank, which "

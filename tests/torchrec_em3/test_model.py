@@ -201,6 +201,34 @@ def test_a_fraction_needs_a_bank(history: str) -> None:
         build(encode_fraction=0.5, history=history)
 
 
+def test_frozen_pool_without_history_is_pooled_content_and_a_trained_projection() -> None:
+    model = build(content="frozen_pool", history="none", alignment_weight=0.0)
+    assert model.content is not None
+    assert model.content.bank is None
+    assert model.alignment is None
+    assert {name for name, _ in model.content.named_parameters()} == {"projection.weight", "projection.bias"}
+    assert "content_interest" not in model.ranker.blocks.dims
+    data = batch([3, 1, 3], [[5, 1], [5], []])
+    blocks = model.content(model._split(data.sparse)[1], 1).blocks
+    tokens = Store().fetch(torch.tensor([3, 1, 3]))
+    means = [tokens[spec.name].tokens_UTD.mean(1) for spec in SCHEMA.modalities]
+    parts = [torch.cat([mean / mean.square().mean(1, keepdim=True).sqrt(), torch.ones(3, 1)], dim=1) for mean in means]
+    torch.testing.assert_close(blocks, {"content": model.content.projection(torch.cat(parts, dim=1))})
+    model(data)[0].backward()
+    assert model.content.projection.weight.grad is not None
+    assert model.content.projection.weight.grad.any()
+
+
+def test_a_bank_of_a_wider_tower_holds_its_whole_output() -> None:
+    model = build(content="frozen_pool")
+    assert model.content is not None
+    assert model.content.bank is not None
+    model(batch([1, 2], [[1], [2]]))
+    rows, _ = model.content.bank.read(torch.tensor([1, 2]))
+    torch.testing.assert_close(rows, model.content.encode(torch.tensor([1, 2]))[0])
+    assert rows.shape == (2, 6 + 5 + 2)
+
+
 @pytest.mark.parametrize("history", ["cache", "lora_qformer", "shared", "none"])
 def test_every_history_content_trains(history: str) -> None:
     model = build(history=history)
