@@ -201,6 +201,39 @@ def test_a_fraction_needs_a_bank(history: str) -> None:
         build(encode_fraction=0.5, history=history)
 
 
+def test_similarity_needs_a_history() -> None:
+    with pytest.raises(ConfigError, match=r"--model\.similarity both .* use --model\.history cache"):
+        build(similarity="both", history="none")
+
+
+def test_similarity_compares_the_towers_output_with_the_rows_of_the_bank() -> None:
+    model = build(similarity="histogram")
+    assert model.content is not None
+    model(batch([1, 2], [[], []]))
+    _, items = model._split(batch([1, 2, 3], [[1, 1, 2], [2, 7], []]).sparse)
+    seen: list[Tensor] = []
+    model.content.similarity.project.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.eval()
+    model.content(items, 2)
+    count_BT = seen[0].expm1()
+    assert count_BT.sum(1).tolist() == pytest.approx([3.0, 1.0, 0.0]), "7 was never written"
+    assert count_BT[0, -1].item() >= 2.0 - 1e-5, "an item is as like itself as can be"
+    assert count_BT[1, -1].item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("similarity", ["statistics", "histogram", "both"])
+@pytest.mark.parametrize(("content", "history"), [("frozen_pool", "cache"), ("concat", "cache"), ("concat", "shared")])
+def test_similarity_trains_with_every_kind_of_history(similarity: str, content: str, history: str) -> None:
+    model = build(similarity=similarity, history=history, content=content)
+    model(batch([1, 2], [[1, 2], [2]]))[0].backward()
+    model.zero_grad()
+    loss, _ = model(batch([1, 2, 11], [[1, 2], [], [9]]))
+    loss.backward()
+    assert model.content is not None
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.content.parameters())
+    assert model.content.similarity.project.weight.grad.any()
+
+
 def test_frozen_pool_without_history_is_pooled_content_and_a_trained_projection() -> None:
     model = build(content="frozen_pool", history="none", alignment_weight=0.0)
     assert model.content is not None
