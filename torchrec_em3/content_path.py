@@ -4,7 +4,7 @@ Shape letters: B rows, N history positions, U distinct target items, F of them e
 them without, V distinct history items, D width, T tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -148,6 +148,10 @@ class ContentPath(nn.Module):
                     "--model.history none leaves out; use --model.history cache"
                 )
             self.similarity = ContentSimilarity(config.similarity)
+
+    def replace_tokens(self, change: Callable[[TokenSource], TokenSource]) -> None:
+        """Read the catalogue's tokens through `change(store)` from now on, for example with some of them left out."""
+        self._store = change(self._store)
 
     def encode(self, item_U: Tensor, store: TokenSource | None = None) -> tuple[Tensor, Tensor]:
         """Return the tower's output [U, D] and which items have any content, present_U.
