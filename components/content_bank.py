@@ -38,3 +38,8 @@ class ContentBank(nn.Module):
         """Store the rows of distinct items as of `step` (from 1). Collective over ranks; `item_V` may be empty."""
         stamp_V1 = content_VD.new_full((item_V.numel(), 1), float(step))
         self.pool.update(item_V, torch.cat([content_VD.detach().float(), stamp_V1.float()], 1))
+
+    @torch.no_grad()
+    def forget(self, item_V: Tensor) -> None:
+        """Make the rows of distinct items as if never written. Collective over ranks; `item_V` may be empty."""
+        self.pool.update(item_V, torch.zeros(item_V.numel(), self.pool.dim, device=item_V.device))

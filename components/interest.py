@@ -20,7 +20,7 @@ from torchrec_em3.components.interfaces import HistoryItems
 from torchrec_em3.components.ragged_attention import Ragged, attend_by_dot_product, attend_by_mlp
 from torchrec_em3.errors import ConfigError
 
-__all__ = ["LinearTargetAttention", "TargetAttention", "target_attention"]
+__all__ = ["LinearTargetAttention", "TargetAttention", "only_valid", "target_attention"]
 
 
 def target_attention(width: int, hidden: Sequence[int]) -> nn.Module:
@@ -60,7 +60,7 @@ class TargetAttention(nn.Module):
             row_N: Item that each position holds, int64, the positions of one batch row next to each other.
             lengths_B: Number of positions of each batch row, int64; sums to N.
         """
-        history, ragged = _only_valid(history, row_N, lengths_B)
+        history, ragged = only_valid(history, row_N, lengths_B)
         key_VD = history.content()
         of_query, of_key, of_difference, of_product = self.first.weight.chunk(4, dim=1)
         query_BH = functional.linear(query_BD, of_query + of_difference, self.first.bias)
@@ -90,7 +90,7 @@ class LinearTargetAttention(nn.Module):
 
     def forward(self, query_BD: Tensor, history: HistoryItems, row_N: Tensor, lengths_B: Tensor) -> Tensor:
         """Return interest_BD; see `TargetAttention.forward`."""
-        history, ragged = _only_valid(history, row_N, lengths_B)
+        history, ragged = only_valid(history, row_N, lengths_B)
         of_key_D, of_product_D = self.score.weight[0].chunk(2)
         query_BD = torch.addcmul(of_key_D, query_BD, of_product_D)
         if history.weight_DD is None:
@@ -100,7 +100,7 @@ class LinearTargetAttention(nn.Module):
         return interest_BD * (ragged.lengths_B > 0)[:, None]
 
 
-def _only_valid(history: HistoryItems, row_N: Tensor, lengths_B: Tensor) -> tuple[HistoryItems, Ragged]:
+def only_valid(history: HistoryItems, row_N: Tensor, lengths_B: Tensor) -> tuple[HistoryItems, Ragged]:
     """Return the history without the positions whose item is not valid, and with zeros in the rows of those items."""
     valid_V, lengths_B = history.valid_V, lengths_B.to(row_N.dtype)
     if valid_V is None or bool(valid_V.all()):

@@ -13,7 +13,16 @@ from torch.nn import functional
 
 from torchrec_em3.batch import ModalityTokens
 
-__all__ = ["AlignmentLoss", "ContentTower", "HistoryContent", "HistoryItems", "ItemSource", "Ranker", "TokenEncoder"]
+__all__ = [
+    "AlignmentLoss",
+    "ContentTower",
+    "HistoryContent",
+    "HistoryItems",
+    "ItemSource",
+    "Ranker",
+    "TokenEncoder",
+    "output_width",
+]
 
 
 class TokenEncoder(Protocol):
@@ -40,12 +49,17 @@ class ContentTower(Protocol):
     """Fuses the tokens of any number of modalities into one vector an item; an `nn.Module`.
 
     Constructor `(options, token_dims, token_counts, width)`: token width and largest token count by modality name,
-    and D.
+    and D. A tower whose output is not D wide says so in an attribute `output_width`.
     """
 
     def __call__(self, tokens: Mapping[str, ModalityTokens]) -> Tensor:
         """Return content_UD, finite also for an item without any modality, and blind to invalid tokens."""
         ...
+
+
+def output_width(tower: Any, width: int) -> int:
+    """Return how wide a tower's output and so a row of the content bank is: D, unless the tower says otherwise."""
+    return int(getattr(tower, "output_width", width))
 
 
 class ItemSource(Protocol):
@@ -66,7 +80,7 @@ class HistoryItems(NamedTuple):
     Keeping the two apart lets an attention that is linear in its keys apply the map after pooling.
 
     Attributes:
-        rows_VD: One row an item, float.
+        rows_VD: One row an item, float, in the space of the tower's output and as wide (see `output_width`).
         valid_V: False for items to leave out, whatever their row holds; None means that all are valid.
         weight_DD: An item's vector is `weight_DD @ row + bias_D`; None means that the rows are the vectors.
         bias_D: See `weight_DD`.

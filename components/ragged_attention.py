@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-__all__ = ["Ragged", "attend_by_dot_product", "attend_by_mlp"]
+__all__ = ["Ragged", "attend_by_dot_product", "attend_by_mlp", "ragged_dot_products"]
 
 NEGATIVE_SLOPE = 0.25
 """Where DIN's PReLU starts; held fixed, since training it costs one more pass over the positions per layer."""
@@ -64,6 +64,36 @@ def attend_by_mlp(
     """
     attend: Callable[..., Tensor] = _MlpAttention.apply
     return attend(query_BS, key_VS, product_HD, *ragged, *deeper)
+
+
+def ragged_dot_products(query_BD: Tensor, key_VD: Tensor, ragged: Ragged) -> Tensor:
+    """Return query . key of each position, score_N; the gradient reaches the queries alone.
+
+    Args:
+        query_BD: Query of each row.
+        key_VD: Keys, finite.
+        ragged: Which keys each row meets.
+    """
+    multiply: Callable[..., Tensor] = _DotProducts.apply
+    return multiply(query_BD, key_VD, *ragged)
+
+
+class _DotProducts(torch.autograd.Function):
+    """Dot products whose pass over the positions is an embedding-bag kernel in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, query_BD: Tensor, key_VD: Tensor, row_N: Tensor, lengths_B: Tensor) -> Tensor:
+        batch_N = torch.repeat_interleave(lengths_B, output_size=row_N.numel())
+        starts_B = lengths_B.cumsum(0) - lengths_B
+        key_VD = key_VD.contiguous()
+        ctx.save_for_backward(key_VD, row_N, starts_B)
+        return _dot_products(query_BD.contiguous(), key_VD, row_N, starts_B, batch_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        key_VD, row_N, starts_B = ctx.saved_tensors
+        return _weighted_sums(key_VD, row_N, starts_B, grad_N.contiguous()), None, None, None
 
 
 class _DotProductAttention(torch.autograd.Function):

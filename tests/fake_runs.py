@@ -117,6 +117,7 @@ def _predict(
         logit,
         train_count=data.item_train_count[rows["item"]],
         known_user=data.user_train_count[rows["user"]] > 0,
+        history_length=rows["history_end"] - data.history_offsets[rows["user"]],
         user=rows["user"],
         probability=rows["probability"],
     )

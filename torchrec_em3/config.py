@@ -56,6 +56,8 @@ class ModelConfig:
     """Registered history content, or none to leave content out of the history."""
     history_options: dict[str, Any] = field(default_factory=dict)
     """Options of that history content."""
+    similarity: Literal["none", "statistics", "histogram", "both"] = "none"
+    """How the cosines of the target's and the history items' content become one more block; none leaves them out."""
     encode_fraction: float = 1.0
     """Share of the distinct targets that a training step encodes; the others' content comes from the bank."""
     alignment: str = "global"

@@ -4,7 +4,7 @@ Shape letters: B rows, N history positions, U distinct target items, F of them e
 them without, V distinct history items, D width, T tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +16,8 @@ from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.content_bank import NEVER, ContentBank
 from torchrec_em3.components.histories.shared import any_token
 from torchrec_em3.components.interest import target_attention
+from torchrec_em3.components.interfaces import output_width
+from torchrec_em3.components.similarity import ContentSimilarity
 from torchrec_em3.config import NONE, ModelConfig
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.parts import build_part
@@ -59,7 +61,7 @@ class Content(NamedTuple):
     """What the content path yields.
 
     Attributes:
-        blocks: Blocks [B, D] for the ranker, by name.
+        blocks: Blocks [B, D] for the ranker, by name; `content_similarity` is as wide as its class says.
         target_UD: Content of the distinct targets.
         encoded_U: Which of them have content and were encoded in this step, so that a loss on it reaches the tower.
         metrics: Coverage of the bank (share of the history rows read that were ever written) and its staleness
@@ -108,7 +110,8 @@ class ContentPath(nn.Module):
         """Build the path over the modalities of `schema`; the bank is created on `device`.
 
         Raises:
-            ConfigError: If targets shall come from the bank, and the history content keeps none.
+            ConfigError: If targets shall come from the bank, and the history content keeps none; or if targets shall be
+                compared with the history, and there is no history content.
         """
         super().__init__()
         width = config.embedding_dim
@@ -122,7 +125,8 @@ class ContentPath(nn.Module):
             {modality.name: modality.max_tokens for modality in schema.modalities},
             width,
         )
-        self.projection = nn.Linear(width, width)
+        tower_width = output_width(self.tower, width)
+        self.projection = nn.Linear(tower_width, width)
         self.history: Any = None
         self.attention: Any = None
         self.bank: ContentBank | None = None
@@ -130,12 +134,24 @@ class ContentPath(nn.Module):
             self.history = build_part(HISTORIES, config.history, config.history_options, self.tower, width)
             self.attention = target_attention(width, config.content_attention_hidden)
             if self.history.uses_bank:
-                self.bank = ContentBank(schema.item_rows, width, device)
+                self.bank = ContentBank(schema.item_rows, tower_width, device)
         if self.bank is None and config.encode_fraction < 1:
             raise ConfigError(
                 f"--model.encode_fraction {config.encode_fraction} reads the other items from the content bank, which "
                 f"--model.history {config.history} does not keep; use 1 or --model.history cache"
             )
+        self.similarity: Any = None
+        if config.similarity != NONE:
+            if self.history is None:
+                raise ConfigError(
+                    f"--model.similarity {config.similarity} compares targets with the content of the history, which "
+                    "--model.history none leaves out; use --model.history cache"
+                )
+            self.similarity = ContentSimilarity(config.similarity)
+
+    def replace_tokens(self, change: Callable[[TokenSource], TokenSource]) -> None:
+        """Read the catalogue's tokens through `change(store)` from now on, for example with some of them left out."""
+        self._store = change(self._store)
 
     def encode(self, item_U: Tensor, store: TokenSource | None = None) -> tuple[Tensor, Tensor]:
         """Return the tower's output [U, D] and which items have any content, present_U.
@@ -158,6 +174,9 @@ class ContentPath(nn.Module):
             source = _HistorySource(items.history_V, bank, self._store)
             history = self.history(source, self.tower, self.projection)
             blocks["content_interest"] = self.attention(content_BD, history, items.row_N, items.lengths_B)
+            if self.similarity is not None:
+                raw_BD = raw_UD[items.row_B]
+                blocks["content_similarity"] = self.similarity(raw_BD, history, items.row_N, items.lengths_B)
         return Content(blocks, target_UD, encoded_U, metrics)
 
     def _read_bank(self, items: DistinctItems) -> _BankRows | None:

@@ -38,7 +38,7 @@ def refresh_bank(sharded: ShardedModel, ranks: Ranks) -> None:
     """Encode the whole catalogue with the current tower into the content bank, each rank its share. Collective.
 
     Evaluation starts with this, as serving would: otherwise items that never were a target have no content in
-    histories.
+    histories. Items without content are forgotten, whatever they had before.
     """
     content = sharded.model.content
     if content is None or content.bank is None:
@@ -52,6 +52,7 @@ def refresh_bank(sharded: ShardedModel, ranks: Ranks) -> None:
         items = torch.arange(min(first, rows), min(first + ITEMS_AT_A_TIME, rows), device=ranks.device)
         content_UD, present_U = content.encode(items)
         content.bank.write(items[present_U], content_UD[present_U], max(sharded.model.step, 1))
+        content.bank.forget(items[~present_U])
     content.train(training)
 
 
@@ -129,13 +130,15 @@ def evaluate_split(
 
 
 def _measure(predictions: Predictions, data: PreparedData, split: Split) -> dict[str, Any]:
-    probability = data.split_rows(split)["probability"] if data.meta["simulated"] else None
+    rows = data.split_rows(split)
+    probability = rows["probability"] if data.meta["simulated"] else None
     metrics: dict[str, Any] = dict(ranking_metrics(predictions.label, predictions.logit, user=predictions.user))
     metrics["slices"] = sliced_metrics(
         predictions.label,
         predictions.logit,
         train_count=data.item_train_count[predictions.item],
         known_user=data.user_train_count[predictions.user] > 0,
+        history_length=rows["history_end"] - data.history_offsets[rows["user"]],
         user=predictions.user,
         probability=probability,
     )

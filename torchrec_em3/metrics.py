@@ -29,7 +29,7 @@ Metrics = dict[str, float | int | None]
 """Metric by name."""
 
 FREQUENCY_SLICES: dict[str, tuple[int, float]] = {"0": (0, 0), "1-5": (1, 5), "6-20": (6, 20), "21+": (21, np.inf)}
-"""Least and largest number of training rows of the item, by slice name."""
+"""Least and largest count by slice name: training rows of the item, or events of the user before the row."""
 
 USER_SLICES = ("known", "new")
 """Users with and without training rows."""
@@ -101,32 +101,36 @@ def sliced_metrics(
     *,
     train_count: ArrayLike,
     known_user: ArrayLike,
+    history_length: ArrayLike,
     weight: ArrayLike | None = None,
     user: ArrayLike | None = None,
     probability: ArrayLike | None = None,
 ) -> dict[str, dict[str, Metrics]]:
-    """Return the metrics of rows grouped by how often their item was trained on and by whether their user was.
+    """Return the metrics of rows by how often their item was trained on, by whether their user was, and by history.
 
     Args:
         label: 1 or 0.
         logit: Log-odds of a 1, finite.
         train_count: Training rows of the row's item, whole numbers >= 0.
         known_user: Whether the row's user has training rows.
+        history_length: Events of the user before the row, whole numbers >= 0; a model may see fewer of them.
         weight: As in `ranking_metrics`.
         user: As in `ranking_metrics`.
         probability: True probability of a 1 where it is known; adds `attainable_auc` to each slice.
 
     Returns:
-        {"item_frequency": {"0", "1-5", "6-20", "21+"}, "user": {"known", "new"}}, each with the metrics of
-        `ranking_metrics`.
+        {"item_frequency": {"0", "1-5", "6-20", "21+"}, "user": {"known", "new"}, "user_history": as item_frequency},
+        each with the metrics of `ranking_metrics`.
 
     Raises:
         DataError: As `ranking_metrics`.
         NumericError: As `ranking_metrics`.
     """
-    count, known = np.asarray(train_count), np.asarray(known_user, dtype=bool)
+    count, known, length = np.asarray(train_count), np.asarray(known_user, dtype=bool), np.asarray(history_length)
     columns = [None if c is None else np.asarray(c) for c in (label, logit, weight, user, probability)]
-    _same_length(len(np.asarray(label)), train_count=count, known_user=known, probability=columns[-1])
+    _same_length(
+        len(np.asarray(label)), train_count=count, known_user=known, history_length=length, probability=columns[-1]
+    )
 
     def measure(mask: NDArray[np.bool_]) -> Metrics:
         y, x, w, group, truth = (None if c is None else c[mask] for c in columns)
@@ -137,11 +141,14 @@ def sliced_metrics(
             metrics["attainable_auc"] = attainable_auc(truth, y, w)
         return metrics
 
+    def measure_by_count(column: NDArray) -> dict[str, Metrics]:
+        limits = FREQUENCY_SLICES.items()
+        return {name: measure((column >= low) & (column <= high)) for name, (low, high) in limits}
+
     return {
-        "item_frequency": {
-            name: measure((count >= low) & (count <= high)) for name, (low, high) in FREQUENCY_SLICES.items()
-        },
+        "item_frequency": measure_by_count(count),
         "user": dict(zip(USER_SLICES, (measure(known), measure(~known)), strict=True)),
+        "user_history": measure_by_count(length),
     }
 
 

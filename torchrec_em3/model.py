@@ -16,6 +16,7 @@ from torchrec_em3.components.distinct import distinct
 from torchrec_em3.components.embeddings import ItemEmbedding, UserEmbedding
 from torchrec_em3.components.interest import target_attention
 from torchrec_em3.components.interfaces import HistoryItems
+from torchrec_em3.components.similarity import ContentSimilarity
 from torchrec_em3.config import Config
 from torchrec_em3.content_path import Content, ContentPath, DistinctItems, TokenSource
 from torchrec_em3.parts import build_part
@@ -77,6 +78,8 @@ class EM3Model(nn.Module):
             block_dims["content"] = width
             if self.content.history is not None:
                 block_dims["content_interest"] = width
+            if self.content.similarity is not None:
+                block_dims["content_similarity"] = ContentSimilarity.width
             if self.alignment_weight > 0:
                 self.alignment = build_part(ALIGNMENTS, options.alignment, options.alignment_options, width)
         if schema.num_dense:

@@ -22,6 +22,7 @@ _BUILTIN = (
     "rankers.din",
     "rankers.dlrm",
     "towers.concat",
+    "towers.frozen_pool",
     "towers.qformer",
 )
 

@@ -45,6 +45,7 @@ MODEL_PARTS = (
     ("bank write", "content.bank.write"),
     ("history projection", "content.history.forward"),
     ("content attention", "content.attention.forward"),
+    ("content similarity", "content.similarity.forward"),
     ("content, rest", "content.forward"),
     ("alignment", "alignment.forward"),
     ("ranker", "ranker.forward"),

@@ -38,6 +38,7 @@ BEST = {"auc": max, "gauc": max, "ne": min, "logloss": min}
 SLICE_KINDS = (
     ("item_frequency", "By training rows of the item", "training rows of the item", tuple(FREQUENCY_SLICES)),
     ("user", "By whether the user has training rows", "user", USER_SLICES),
+    ("user_history", "By events of the user before the row", "events before", tuple(FREQUENCY_SLICES)),
 )
 
 

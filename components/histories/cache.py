@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from torchrec_em3.components.interfaces import HistoryItems, ItemSource
+from torchrec_em3.components.interfaces import HistoryItems, ItemSource, output_width
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.registry import HISTORIES
 
@@ -45,7 +45,7 @@ class CachedHistory(nn.Module):
 
     Args:
         options: See `CachedHistoryOptions`.
-        tower: Not needed here; part of the interface of history contents.
+        tower: Gives the width of the bank's rows.
         width: D.
     """
 
@@ -54,7 +54,7 @@ class CachedHistory(nn.Module):
     def __init__(self, options: CachedHistoryOptions, tower: nn.Module, width: int) -> None:
         super().__init__()
         self.scale = options.alpha / options.rank
-        self.down_RD = nn.Parameter(torch.empty(options.rank, width))
+        self.down_RD = nn.Parameter(torch.empty(options.rank, output_width(tower, width)))
         self.up_DR = nn.Parameter(torch.zeros(width, options.rank))
         nn.init.kaiming_uniform_(self.down_RD, a=math.sqrt(5))
 

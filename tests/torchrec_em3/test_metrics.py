@@ -187,20 +187,26 @@ def test_a_filling_row_may_hold_anything():
 def test_slices_partition_the_rows_by_their_limits(table, data):
     label, logit, weight, user = table
     count = np.array([data.draw(st.sampled_from([0, 1, 5, 6, 20, 21, 400])) for _ in label])
+    length = np.array([data.draw(st.sampled_from([0, 1, 5, 6, 20, 21, 400])) for _ in label])
     known = np.array([data.draw(st.booleans()) for _ in label])
     slices = sliced_metrics(
         label,
         logit,
         train_count=count,
         known_user=known,
+        history_length=length,
         weight=weight,
         user=user,
         probability=np.full(len(label), 0.3),
     )
     assert list(slices["item_frequency"]) == ["0", "1-5", "6-20", "21+"]
     assert list(slices["user"]) == ["known", "new"]
+    assert list(slices["user_history"]) == ["0", "1-5", "6-20", "21+"]
     for kind, masks in (
-        ("item_frequency", (count == 0, np.isin(count, [1, 5]), np.isin(count, [6, 20]), np.isin(count, [21, 400]))),
+        *(
+            (kind, (n == 0, np.isin(n, [1, 5]), np.isin(n, [6, 20]), np.isin(n, [21, 400])))
+            for kind, n in (("item_frequency", count), ("user_history", length))
+        ),
         ("user", (known, ~known)),
     ):
         for got, mask in zip(slices[kind].values(), masks, strict=True):
@@ -211,7 +217,9 @@ def test_slices_partition_the_rows_by_their_limits(table, data):
 
 def test_slices_refuse_columns_of_another_length():
     with pytest.raises(DataError, match="train_count"):
-        sliced_metrics([1.0, 0.0], [0.0, 1.0], train_count=[1], known_user=[True, True])
+        sliced_metrics([1.0, 0.0], [0.0, 1.0], train_count=[1], known_user=[True, True], history_length=[0, 0])
+    with pytest.raises(DataError, match="history_length"):
+        sliced_metrics([1.0, 0.0], [0.0, 1.0], train_count=[1, 1], known_user=[True, True], history_length=[0])
 
 
 def test_no_model_beats_the_attainable_auc_on_average():

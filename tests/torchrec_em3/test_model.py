@@ -201,6 +201,67 @@ def test_a_fraction_needs_a_bank(history: str) -> None:
         build(encode_fraction=0.5, history=history)
 
 
+def test_similarity_needs_a_history() -> None:
+    with pytest.raises(ConfigError, match=r"--model\.similarity both .* use --model\.history cache"):
+        build(similarity="both", history="none")
+
+
+def test_similarity_compares_the_towers_output_with_the_rows_of_the_bank() -> None:
+    model = build(similarity="histogram")
+    assert model.content is not None
+    model(batch([1, 2], [[], []]))
+    _, items = model._split(batch([1, 2, 3], [[1, 1, 2], [2, 7], []]).sparse)
+    seen: list[Tensor] = []
+    model.content.similarity.project.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.eval()
+    model.content(items, 2)
+    count_BT = seen[0].expm1()
+    assert count_BT.sum(1).tolist() == pytest.approx([3.0, 1.0, 0.0]), "7 was never written"
+    assert count_BT[0, -1].item() >= 2.0 - 1e-5, "an item is as like itself as can be"
+    assert count_BT[1, -1].item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("similarity", ["statistics", "histogram", "both"])
+@pytest.mark.parametrize(("content", "history"), [("frozen_pool", "cache"), ("concat", "cache"), ("concat", "shared")])
+def test_similarity_trains_with_every_kind_of_history(similarity: str, content: str, history: str) -> None:
+    model = build(similarity=similarity, history=history, content=content)
+    model(batch([1, 2], [[1, 2], [2]]))[0].backward()
+    model.zero_grad()
+    loss, _ = model(batch([1, 2, 11], [[1, 2], [], [9]]))
+    loss.backward()
+    assert model.content is not None
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.content.parameters())
+    assert model.content.similarity.project.weight.grad.any()
+
+
+def test_frozen_pool_without_history_is_pooled_content_and_a_trained_projection() -> None:
+    model = build(content="frozen_pool", history="none", alignment_weight=0.0)
+    assert model.content is not None
+    assert model.content.bank is None
+    assert model.alignment is None
+    assert {name for name, _ in model.content.named_parameters()} == {"projection.weight", "projection.bias"}
+    assert "content_interest" not in model.ranker.blocks.dims
+    data = batch([3, 1, 3], [[5, 1], [5], []])
+    blocks = model.content(model._split(data.sparse)[1], 1).blocks
+    tokens = Store().fetch(torch.tensor([3, 1, 3]))
+    means = [tokens[spec.name].tokens_UTD.mean(1) for spec in SCHEMA.modalities]
+    parts = [torch.cat([mean / mean.square().mean(1, keepdim=True).sqrt(), torch.ones(3, 1)], dim=1) for mean in means]
+    torch.testing.assert_close(blocks, {"content": model.content.projection(torch.cat(parts, dim=1))})
+    model(data)[0].backward()
+    assert model.content.projection.weight.grad is not None
+    assert model.content.projection.weight.grad.any()
+
+
+def test_a_bank_of_a_wider_tower_holds_its_whole_output() -> None:
+    model = build(content="frozen_pool")
+    assert model.content is not None
+    assert model.content.bank is not None
+    model(batch([1, 2], [[1], [2]]))
+    rows, _ = model.content.bank.read(torch.tensor([1, 2]))
+    torch.testing.assert_close(rows, model.content.encode(torch.tensor([1, 2]))[0])
+    assert rows.shape == (2, 6 + 5 + 2)
+
+
 @pytest.mark.parametrize("history", ["cache", "lora_qformer", "shared", "none"])
 def test_every_history_content_trains(history: str) -> None:
     model = build(history=history)

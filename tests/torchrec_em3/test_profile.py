@@ -37,7 +37,8 @@ def rows_of(table: str) -> dict[str, list[str]]:
 def profiled(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("em3")
     before = digest(tiny_data)
-    assert run(["profile", "--data", str(tiny_data), "--run", str(folder), *SMALL]) == 0
+    whole = ["--model.similarity", "both"]
+    assert run(["profile", "--data", str(tiny_data), "--run", str(folder), *SMALL, *whole]) == 0
     assert digest(tiny_data) == before
     return folder
 
@@ -59,7 +60,10 @@ def test_backward_time_goes_to_the_part_that_made_the_nodes(profiled: Path) -> N
     parts = rows_of((profiled / "profile" / "profile.md").read_text())
     backward = {name: float(cells[1]) for name, cells in parts.items() if name in PARTS}
     assert all(backward[part] == 0 for part in ("loader", "distinct items", "token fetch", "bank read", "optimizer"))
-    assert all(backward[part] > 0 for part in ("ID lookup", "ID attention", "tower", "content attention", "ranker"))
+    assert all(
+        backward[part] > 0
+        for part in ("ID lookup", "ID attention", "tower", "content attention", "content similarity", "ranker")
+    )
     # Every node of this model is some part's.
     assert float(parts["backward, rest"][1]) == 0
 

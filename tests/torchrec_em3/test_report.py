@@ -80,6 +80,7 @@ def test_every_section_is_there_with_the_runs_numbers(page, runs):
             assert f"{value:.4f}" in page.words
         for part in test["slices"]["item_frequency"].values():
             assert f"{part['n']:,}" in page.words
+    assert "By events of the user before the row" in page.words
     for words in ("(1.24", "1.40 GiB", "189 k", "tiny_text", "Content bank: coverage", "cosine of cached and fresh"):
         assert words in page.words
     assert "model.content" in page.words

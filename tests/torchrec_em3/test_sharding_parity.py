@@ -147,6 +147,18 @@ def test_other_parts_run_on_two_ranks_as_on_one(
     assert np.mean([rank["loss"] for rank in two], axis=0) == pytest.approx(one[0]["loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize(("content", "similarity"), [("fusion_qformer", "both"), ("frozen_pool", "statistics")])
+def test_similarity_and_a_wider_bank_run_on_two_ranks_as_on_one(
+    gangs: tuple[Gang, Gang], tiny_data: Path, content: str, similarity: str
+) -> None:
+    config = config_for(tiny_data, "row_wise", content=content, similarity=similarity)
+    one = gangs[0].run(train_steps, config, 1)
+    two = gangs[1].run(train_steps, config, 2)
+    assert np.mean([rank["loss"] for rank in two], axis=0) == pytest.approx(one[0]["loss"], rel=1e-6)
+    for name, weight in one[0]["dense"].items():
+        np.testing.assert_allclose(two[0]["dense"][name], weight, rtol=1e-4, atol=2e-6, err_msg=name)
+
+
 def test_tables_learn(gangs: tuple[Gang, Gang], tiny_data: Path) -> None:
     """The comparison above would also pass if nothing were trained."""
     config = config_for(tiny_data, "row_wise")
