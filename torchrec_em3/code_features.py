@@ -57,6 +57,9 @@ class CodeFeatures(nn.Module):
         """Return the items' vectors, and which have codes by any quantiser."""
         assert self._codes is not None, "a model with codes needs a code store"
         codes = self._codes.fetch(item_V, item_V.device)
-        pooled = [embedding.pooled(codes[name]) for name, embedding in self.embeddings.items()]
-        present = [codes[name].present_U for name in self.embeddings]
-        return HistoryItems(torch.stack(pooled).sum(0), torch.stack(present).any(0))
+        sums, present = [], []
+        for name, embedding in self.embeddings.items():
+            assert isinstance(embedding, CodeEmbedding)
+            sums.append(embedding.pooled(codes[name]))
+            present.append(codes[name].present_U)
+        return HistoryItems(torch.stack(sums).sum(0), torch.stack(present).any(0))
