@@ -93,7 +93,7 @@ def check_raw(raw: RawDataset, *, events_checked: bool = False) -> None:
     Raises:
         DataError: Whatever `check_events` refuses; or if catalogue columns differ in length; an item id is empty,
             repeated or, though an event has it, missing; an image lies outside `image_root`; a feature's name is taken
-            or not plain; or a click probability is outside 0..1.
+            or not plain; a name of codes is; or a click probability is outside 0..1.
     """
     source = f"data set '{raw.name}'"
     if not events_checked:
@@ -104,6 +104,11 @@ def check_raw(raw: RawDataset, *, events_checked: bool = False) -> None:
             raise DataError(
                 f"{source}: user feature '{name}' needs another name: small letters, digits and '_', and none of "
                 f"{', '.join(sorted(_RESERVED))}"
+            )
+    for name in raw.codes:
+        if not _FEATURE_NAME.fullmatch(name) or name in ("text", "image"):
+            raise DataError(
+                f"{source}: codes '{name}' need another name: small letters, digits and '_', neither text nor image"
             )
     if raw.probability is not None:
         if raw.probability.shape != raw.rating.shape:

@@ -3,6 +3,7 @@
 Row 0 is "unknown", as in a catalogue.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,6 +32,8 @@ PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 _ITEMS_CSV = Layout(",", quoted=True, renames=(("movie_id", "item_id"),))
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\s]+")
+
+logger = logging.getLogger(__name__)
 
 
 def read_new_items(folder: Path) -> RawItems:
@@ -70,8 +73,16 @@ def encode_new_items(items: RawItems, folder: Path, data: PreparedData, out: Pat
         batch_size: Items that an encoder reads at a time.
 
     Raises:
-        ConfigError: If an encoder is not to be had, or is not the one that made the folder's tokens.
+        ConfigError: If the folder has no tokens, or an encoder is not to be had or not the one that made them.
     """
+    if not data.meta["modalities"]:
+        raise ConfigError(
+            f"{data.folder} was prepared without encoders, and new items have no semantic codes; prepare with one"
+        )
+    if data.meta.get("codes"):
+        logger.warning(
+            "new items have no semantic codes; their content comes from %s", ", ".join(data.meta["modalities"])
+        )
     # All encoders before any work, so that a wrong one costs none.
     encoders = {name: _build_encoder(name, recorded) for name, recorded in sorted(data.meta["modalities"].items())}
     inputs: dict[str, list[str | Path | None]] = {

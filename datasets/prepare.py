@@ -21,6 +21,7 @@ from torchrec_em3.components.encoders import text as _text  # noqa: F401
 from torchrec_em3.components.interfaces import TokenEncoder
 from torchrec_em3.datasets import splits
 from torchrec_em3.datasets.checks import check_raw
+from torchrec_em3.datasets.codes import write_codes
 from torchrec_em3.datasets.indexing import IndexedDataset, index_dataset
 from torchrec_em3.datasets.negatives import check_sampling
 from torchrec_em3.datasets.prepared import FORMAT_VERSION, hash_content
@@ -135,7 +136,9 @@ def prepare(raw: RawDataset, out: Path, options: PrepareOptions) -> dict[str, An
         features = _write_users(folder, raw, indexed)
         table = _write_items(folder, raw, indexed)
         modalities = _write_tokens(folder, raw, table, encoders, options)
-        meta = _describe(raw, indexed, options, features, modalities)
+        raw_ids = indexed.items.raw_id.tolist()
+        codes = {name: write_codes(folder / "codes" / name, given, raw_ids) for name, given in raw.codes.items()}
+        meta = _describe(raw, indexed, options, features, modalities) | {"codes": codes}
         meta["content_hash"] = hash_content(folder)
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     logger.info("%s: %s", out, ", ".join(f"{count} {name}" for name, count in meta["counts"].items()))

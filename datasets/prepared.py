@@ -105,6 +105,11 @@ class PreparedData:
         """Folder of the token store, with one folder a modality; it need not exist where no encoder was chosen."""
         return self.folder / "tokens"
 
+    @property
+    def codes_folder(self) -> Path:
+        """Folder of the code store, with one folder for each quantiser; it need not exist where there are no codes."""
+        return self.folder / "codes"
+
     @cached_property
     def history_offsets(self) -> np.ndarray:
         """Where each user's events begin in `history_items`, int64 [U + 1], memory-mapped."""
@@ -212,6 +217,9 @@ class PreparedData:
             _load_array(tokens / "tokens.npy", np.float16, (self.item_rows, modality["max_tokens"], modality["dim"]))
             _load_array(tokens / "lengths.npy", np.int32, (self.item_rows,))
             _load_array(tokens / "present.npy", np.bool_, (self.item_rows,))
+        for name, spec in self.meta.get("codes", {}).items():
+            _load_array(self.codes_folder / name / "codes.npy", np.int32, (self.item_rows, spec["levels"]))
+            _load_array(self.codes_folder / name / "present.npy", np.bool_, (self.item_rows,))
 
     def _check_rows(self, split: Split, columns: Mapping[str, np.ndarray]) -> None:
         rows, expected = len(columns["user"]), self.meta["counts"][split]

@@ -1,12 +1,12 @@
 """What every reader of raw files hands to `prepare`: plain columns, one entry an event, a user or an item."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["RawDataset", "RawItems"]
+__all__ = ["RawCodes", "RawDataset", "RawItems"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,19 @@ class RawItems:
 
 
 @dataclass(frozen=True)
+class RawCodes:
+    """Semantic codes of items by one quantiser.
+
+    Attributes:
+        source: Where they come from, for the records.
+        of_item: One number a level, the first level first, by item id; not every item of the catalogue need have codes.
+    """
+
+    source: str
+    of_item: Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
 class RawDataset:
     """One data set before indexing, splitting and encoding.
 
@@ -42,6 +55,7 @@ class RawDataset:
         image_root: Folder that `items.image` is relative to.
         user_features: For each side feature, value (str, "" = unknown) by user id.
         probability: True click probability of each event where it is known (simulated data), else None.
+        codes: Semantic codes of the items by name of the quantiser.
         timed: False if only the order of each user's events is known, so that nothing compares two users' events.
     """
 
@@ -54,4 +68,5 @@ class RawDataset:
     image_root: Path
     user_features: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     probability: np.ndarray | None = None
+    codes: Mapping[str, RawCodes] = field(default_factory=dict)
     timed: bool = True

@@ -14,10 +14,12 @@ from typing import Any
 
 from torchrec_em3.errors import DataError
 
-__all__ = ["MAX_LINE_BYTES", "Record", "bare_name", "read_lines", "read_records"]
+__all__ = ["MAX_LINE_BYTES", "Record", "bare_name", "decode_line", "read_lines", "read_object", "read_records"]
 
 MAX_LINE_BYTES = 16 << 20
 """Longest line that is read; a file without line breaks would otherwise be read whole."""
+
+_MAX_JSON_BYTES = 1 << 30
 
 Record = dict[str, Any]
 
@@ -66,6 +68,30 @@ def read_lines(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[tup
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def read_object(path: Path) -> Record:
+    """Return the one JSON object that a file holds.
+
+    Raises:
+        DataError: If the file is unreadable, truncated or holds something else.
+    """
+    text = "".join(decode_line(path, row, line) for row, line in read_lines(path, _MAX_JSON_BYTES))
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({' '.join(str(error).split())[:80]})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def decode_line(path: Path, row: int, line: bytes) -> str:
+    """Return the text of a line; DataError with file and row if it is not UTF-8."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} row {row}: not UTF-8 text ({error.reason})") from error
 
 
 def _parse(path: Path, row: int, line: bytes) -> Record:

@@ -7,25 +7,22 @@ Recognised from the names of the files:
 * `*.inter.json`: items by user in numbers, which `*.user2id` and `*.item2id` turn into ids (LC-Rec, MQL4GRec).
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from torchrec_em3.datasets.amazon_items import Product, describe_product, raw_items, read_products
 from torchrec_em3.datasets.plain_text import plain_text
 from torchrec_em3.datasets.raw import RawDataset
-from torchrec_em3.datasets.records import read_lines
+from torchrec_em3.datasets.records import decode_line, read_lines, read_object
 from torchrec_em3.datasets.tables import find_file
 from torchrec_em3.errors import DataError
 
-__all__ = ["read_sequences"]
+__all__ = ["read_numbers", "read_sequences"]
 
 _MAX_TEXT = 2000  # characters; several times what any of the text encoders reads
-_MAX_JSON_BYTES = 1 << 30
 _MAX_TITLE = 80  # of a text that has no title, this many characters stand for one in reports
 
 _Sequence = tuple[str, list[str]]
@@ -109,7 +106,7 @@ def _flatten(path: Path, sequences: Iterator[tuple[str, _Sequence]]) -> tuple[li
 
 def _read_lines_of_ids(path: Path) -> Iterator[tuple[str, _Sequence]]:
     for row, line in read_lines(path):
-        user, *items = _decode(path, row, line).split()
+        user, *items = decode_line(path, row, line).split()
         yield f"{path} row {row}", (user, items)
 
 
@@ -126,7 +123,7 @@ def _read_lines_of_numbers(path: Path) -> Iterator[tuple[str, _Sequence]]:
 
 def _read_maps(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Return user id and item id by number."""
-    maps = _read_json(path)
+    maps = read_object(path)
     found = []
     for name in ("user2id", "item2id"):
         if not isinstance(maps.get(name), dict):
@@ -136,8 +133,8 @@ def _read_maps(path: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _read_inter_json(path: Path) -> Iterator[tuple[str, _Sequence]]:
-    users, items = (_read_numbers(path.parent, kind) for kind in ("user", "item"))
-    for user, sequence in _read_json(path).items():
+    users, items = (read_numbers(path.parent, kind) for kind in ("user", "item"))
+    for user, sequence in read_object(path).items():
         where = f"{path} user {user}"
         if not isinstance(sequence, list) or not all(isinstance(item, int | str) for item in sequence):
             raise DataError(f"{where}: holds {str(sequence)[:40]}, expected a list of items")
@@ -154,14 +151,22 @@ def _named(number: str, id_of: Mapping[str, str], where: str, source: Path | str
     return id_of[number]
 
 
-def _read_numbers(folder: Path, kind: str) -> dict[str, str]:
-    """Return id by number from `*.user2id` or `*.item2id`: a line each, id and number with a tab between."""
+def read_numbers(folder: Path, kind: str) -> dict[str, str]:
+    """Return id by number from `*.user2id` or `*.item2id`: a line each, id and number with a tab between.
+
+    Args:
+        folder: Where the file is looked for; nothing is returned if there is none.
+        kind: "user" or "item".
+
+    Raises:
+        DataError: With file and row, if a line is malformed or a number is there twice.
+    """
     path = find_file(folder, f"*.{kind}2id")
     if path is None:
         return {}
     found = {}
     for row, line in read_lines(path):
-        fields = _decode(path, row, line).split()
+        fields = decode_line(path, row, line).split()
         if len(fields) != 2 or fields[1] in found:
             raise DataError(f"{path} row {row}: {len(fields)} fields, expected id and number, each number once")
         found[fields[1]] = fields[0]
@@ -170,8 +175,8 @@ def _read_numbers(folder: Path, kind: str) -> dict[str, str]:
 
 def _read_texts(source: Path) -> dict[str, Product]:
     if path := find_file(source, "*.item.json"):
-        items = _read_numbers(source, "item")
-        found = {number: record for number, record in _read_json(path).items() if isinstance(record, dict)}
+        items = read_numbers(source, "item")
+        found = {number: record for number, record in read_object(path).items() if isinstance(record, dict)}
         return {items.get(number, number): describe_product(record) for number, record in found.items()}
     for pattern in ("item_plain_text.txt", "item_generative_indexing*.txt"):
         if path := find_file(source, pattern):
@@ -181,24 +186,5 @@ def _read_texts(source: Path) -> dict[str, Product]:
 
 def _read_lines_of_text(path: Path) -> Iterator[tuple[str, str]]:
     for row, line in read_lines(path):
-        item, _, text = _decode(path, row, line).strip().partition(" ")
+        item, _, text = decode_line(path, row, line).strip().partition(" ")
         yield item, plain_text(text)[:_MAX_TEXT]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a file that is one JSON object."""
-    text = "".join(_decode(path, row, line) for row, line in read_lines(path, _MAX_JSON_BYTES))
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({' '.join(str(error).split())[:80]})") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: holds a {type(value).__name__}, expected an object")
-    return value
-
-
-def _decode(path: Path, row: int, line: bytes) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} row {row}: not UTF-8 text ({error.reason})") from error

@@ -253,7 +253,7 @@ class TokenStore:
         """
         target = items_U.device if device is None else torch.device(device)
         rows_U = items_U.to("cpu", torch.int64)
-        if len(rows_U):
+        if self._parts and len(rows_U):
             low, high = (int(bound) for bound in rows_U.aminmax())
             if low < 0 or high >= self.num_rows:
                 wrong = low if low < 0 else high

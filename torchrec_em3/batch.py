@@ -1,6 +1,6 @@
 """The unit that flows from the loader into the model.
 
-Shape letters: B rows of the batch, F dense features, U unique items, T tokens, D width.
+Shape letters: B rows of the batch, F dense features, U unique items, T tokens, L levels of codes, D width.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-__all__ = ["HISTORY", "TARGET", "Batch", "ModalityTokens"]
+__all__ = ["HISTORY", "TARGET", "Batch", "ItemCodes", "ModalityTokens"]
 
 TARGET = "target"
 HISTORY = "history"
@@ -27,6 +27,18 @@ class ModalityTokens(NamedTuple):
 
     tokens_UTD: Tensor
     valid_UT: Tensor
+
+
+class ItemCodes(NamedTuple):
+    """Semantic codes of U items: one number a level, as a quantiser of their content gave them.
+
+    Attributes:
+        codes_UL: Numbers from 0, int64; 0 where the item has none.
+        present_U: Which items have codes.
+    """
+
+    codes_UL: Tensor
+    present_U: Tensor
 
 
 @dataclass(frozen=True)

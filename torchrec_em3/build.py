@@ -6,6 +6,7 @@ import psutil
 import torch
 
 from torchrec_em3.config import Config
+from torchrec_em3.datasets.codes import CodeStore
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.datasets.tokens import TokenStore
 from torchrec_em3.errors import ConfigError
@@ -23,13 +24,18 @@ def open_data(config: Config) -> PreparedData:
     """Open the prepared folder that the config names.
 
     Raises:
-        ConfigError: If the config names none, or the model needs content and the folder has no tokens.
+        ConfigError: If the config names none, or the model needs content or codes that the folder does not have.
         DataError: If the folder is not a prepared folder of this format.
     """
     if not config.data:
         raise ConfigError("no data folder: give --data DIR, a folder written by `em3 prepare`")
     data = PreparedData.open(Path(config.data))
-    if config.uses_content and not data.meta["modalities"]:
+    codes = data.meta.get("codes", {})
+    if config.uses_code_features and not codes:
+        raise ConfigError(
+            f"--model.codes features needs semantic codes, and {config.data} has none; prepare it with --codes"
+        )
+    if config.uses_content and not data.meta["modalities"] and not (codes and config.model.codes == "content"):
         raise ConfigError(
             f"{config.data} was prepared without encoders; prepare it with one or set --model.content none"
         )
@@ -40,7 +46,7 @@ def build_model(config: Config, data: PreparedData) -> EM3Model:
     """Return the model with its tables on meta and its dense parameters initialised from the seed."""
     torch.manual_seed(config.seed)
     store = TokenStore(data.tokens_folder) if config.uses_content else None
-    return EM3Model(FeatureSchema.from_meta(data.meta), config, store)
+    return EM3Model(FeatureSchema.from_meta(data.meta), config, store, codes=CodeStore(data.codes_folder))
 
 
 def build_sharded(config: Config, data: PreparedData, ranks: Ranks) -> ShardedModel:

@@ -52,6 +52,9 @@ class ModelConfig:
     """Registered content tower, or none for an ID-only model."""
     content_options: dict[str, Any] = field(default_factory=dict)
     """Options of that tower."""
+    codes: Literal["content", "features", "none"] = "content"
+    """Where semantic codes go, if the data has any: to the content tower as modalities, to the ranker as ID features
+    of target and history beside whatever content there is, or nowhere."""
     history: str = "cache"
     """Registered history content, or none to leave content out of the history."""
     history_options: dict[str, Any] = field(default_factory=dict)
@@ -183,6 +186,11 @@ class Config:
     def uses_content(self) -> bool:
         """Whether the model has a content tower at all."""
         return self.model.content != NONE
+
+    @property
+    def uses_code_features(self) -> bool:
+        """Whether semantic codes are features of the ranker."""
+        return self.model.codes == "features"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the tree as plain values, ready for YAML."""

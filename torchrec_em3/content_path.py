@@ -6,7 +6,7 @@ them without, V distinct history items, D width, T tokens.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +20,15 @@ from torchrec_em3.components.interfaces import output_width
 from torchrec_em3.components.similarity import ContentSimilarity
 from torchrec_em3.config import NONE, ModelConfig
 from torchrec_em3.errors import ConfigError
+from torchrec_em3.item_tokens import CodeSource, ItemTokens, TokenSource
 from torchrec_em3.parts import build_part
 from torchrec_em3.registry import HISTORIES, TOWERS
 from torchrec_em3.schema import FeatureSchema
 
-__all__ = ["ITEMS_AT_A_TIME", "Content", "ContentPath", "DistinctItems", "TokenSource"]
+__all__ = ["ITEMS_AT_A_TIME", "Content", "ContentPath", "DistinctItems"]
 
 ITEMS_AT_A_TIME = 512
 """Items that are encoded together where no gradient is wanted."""
-
-
-class TokenSource(Protocol):
-    """Where the model gets the encoder outputs of items from (see `torchrec_em3.datasets.tokens.TokenStore`)."""
-
-    def fetch(self, items_U: Tensor, device: torch.device | None = None) -> dict[str, ModalityTokens]:
-        """Return the tokens of `items_U` by modality, on `device`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -86,15 +79,16 @@ class _BankRows(NamedTuple):
 class _HistorySource:
     """The V distinct history items as a history adapter sees them (`components.interfaces.ItemSource`)."""
 
-    def __init__(self, item_V: Tensor, bank: _BankRows | None, store: TokenSource) -> None:
-        self._item_V, self._bank, self._store = item_V, bank, store
+    def __init__(self, item_V: Tensor, bank: _BankRows | None, tokens: ItemTokens) -> None:
+        self._item_V, self._bank, self._tokens = item_V, bank, tokens
 
     def bank_rows(self) -> tuple[Tensor, Tensor]:
         assert self._bank is not None, "a history content that reads the bank must say uses_bank = True"
         return self._bank.history_VD, self._bank.written_V
 
     def tokens(self) -> Mapping[str, ModalityTokens]:
-        return self._store.fetch(self._item_V, self._item_V.device)
+        tokens: Mapping[str, ModalityTokens] = self._tokens(self._item_V)
+        return tokens
 
 
 class ContentPath(nn.Module):
@@ -106,7 +100,14 @@ class ContentPath(nn.Module):
     at a time, so that a step takes no more memory at the start of training than later.
     """
 
-    def __init__(self, schema: FeatureSchema, config: ModelConfig, store: TokenSource, device: torch.device) -> None:
+    def __init__(
+        self,
+        schema: FeatureSchema,
+        config: ModelConfig,
+        store: TokenSource,
+        device: torch.device,
+        codes: CodeSource | None = None,
+    ) -> None:
         """Build the path over the modalities of `schema`; the bank is created on `device`.
 
         Raises:
@@ -115,14 +116,15 @@ class ContentPath(nn.Module):
         """
         super().__init__()
         width = config.embedding_dim
-        self._store = store
+        specs = schema.codes if config.codes == "content" else ()
+        self.tokens = ItemTokens(schema.modalities, specs, store, codes, width)
         self._encode_fraction = config.encode_fraction
         self.tower = build_part(
             TOWERS,
             config.content,
             config.content_options,
-            {modality.name: modality.dim for modality in schema.modalities},
-            {modality.name: modality.max_tokens for modality in schema.modalities},
+            self.tokens.dims,
+            self.tokens.counts,
             width,
         )
         tower_width = output_width(self.tower, width)
@@ -158,9 +160,9 @@ class ContentPath(nn.Module):
 
         Args:
             item_U: Rows of the store.
-            store: Where the tokens are; None for the catalogue's own.
+            store: Where the tokens are of items that are not of the catalogue; None for the catalogue's own.
         """
-        tokens = (self._store if store is None else store).fetch(item_U, item_U.device)
+        tokens = self.tokens(item_U, store)
         return self.tower(tokens), any_token(tokens)
 
     def forward(self, items: DistinctItems, step: int) -> Content:
@@ -171,7 +173,7 @@ class ContentPath(nn.Module):
         content_BD = target_UD[items.row_B]
         blocks = {"content": content_BD}
         if self.history is not None:
-            source = _HistorySource(items.history_V, bank, self._store)
+            source = _HistorySource(items.history_V, bank, self.tokens)
             history = self.history(source, self.tower, self.projection)
             blocks["content_interest"] = self.attention(content_BD, history, items.row_N, items.lengths_B)
             if self.similarity is not None:

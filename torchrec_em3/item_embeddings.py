@@ -22,9 +22,10 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from torchrec_em3.content_path import ITEMS_AT_A_TIME, ContentPath, TokenSource
+from torchrec_em3.content_path import ITEMS_AT_A_TIME, ContentPath
 from torchrec_em3.datasets.raw import RawItems
 from torchrec_em3.errors import ConfigError, DataError, NumericError
+from torchrec_em3.item_tokens import TokenSource
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.trained_run import TrainedRun
 

@@ -12,13 +12,15 @@ from torch.nn import functional
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_em3.batch import HISTORY, TARGET, Batch
+from torchrec_em3.code_features import CodeFeatures
 from torchrec_em3.components.distinct import distinct
 from torchrec_em3.components.embeddings import ItemEmbedding, UserEmbedding
 from torchrec_em3.components.interest import target_attention
 from torchrec_em3.components.interfaces import HistoryItems
 from torchrec_em3.components.similarity import ContentSimilarity
 from torchrec_em3.config import Config
-from torchrec_em3.content_path import Content, ContentPath, DistinctItems, TokenSource
+from torchrec_em3.content_path import Content, ContentPath, DistinctItems
+from torchrec_em3.item_tokens import CodeSource, TokenSource
 from torchrec_em3.parts import build_part
 from torchrec_em3.registry import ALIGNMENTS, RANKERS
 from torchrec_em3.schema import FeatureSchema
@@ -48,15 +50,21 @@ class EM3Model(nn.Module):
     """
 
     def __init__(
-        self, schema: FeatureSchema, config: Config, store: TokenSource | None, device: torch.device | None = None
+        self,
+        schema: FeatureSchema,
+        config: Config,
+        store: TokenSource | None,
+        device: torch.device | None = None,
+        codes: CodeSource | None = None,
     ) -> None:
         """Build the graph.
 
         Args:
-            schema: Tables, catalogue and modalities.
+            schema: Tables, catalogue, modalities and codes.
             config: The run's options; only `config.model` and the precision of the tables are read.
             store: Tokens of the catalogue; may be None for an ID-only model.
             device: Where tables and bank are created; meta (default) leaves their memory to the sharding.
+            codes: Semantic codes of the catalogue; may be None where none are used, or for a model that is never run.
         """
         super().__init__()
         device = device if device is not None else torch.device("meta")
@@ -74,7 +82,7 @@ class EM3Model(nn.Module):
         block_dims = {_user_block(name): width for name in self.users.names} | {"target": width, "interest": width}
         if config.uses_content:
             assert store is not None, "a model with content needs a token store"
-            self.content = ContentPath(schema, options, store, device)
+            self.content = ContentPath(schema, options, store, device, codes)
             block_dims["content"] = width
             if self.content.history is not None:
                 block_dims["content_interest"] = width
@@ -82,6 +90,10 @@ class EM3Model(nn.Module):
                 block_dims["content_similarity"] = ContentSimilarity.width
             if self.alignment_weight > 0:
                 self.alignment = build_part(ALIGNMENTS, options.alignment, options.alignment_options, width)
+        self.codes: CodeFeatures | None = None
+        if config.uses_code_features:
+            self.codes = CodeFeatures(schema.codes, codes, width, options.content_attention_hidden)
+            block_dims |= {"codes": width, "codes_interest": width}
         if schema.num_dense:
             block_dims["context"] = schema.num_dense
         self.ranker = build_part(RANKERS, options.ranker, options.ranker_options, block_dims)
@@ -106,6 +118,8 @@ class EM3Model(nn.Module):
             blocks |= content.blocks
             metrics = content.metrics
             alignment = self._align(content, target_UD, items)
+        if self.codes is not None:
+            blocks |= self.codes(items)
         if batch.dense.shape[1]:
             blocks["context"] = batch.dense
         logit_B = self.ranker(blocks)

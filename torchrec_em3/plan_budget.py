@@ -22,6 +22,9 @@ FLOAT_BYTES = 4
 TOKEN_BYTES = 2
 TOKEN_ROW_BYTES = 5
 """Besides its tokens a row of the store has a length (int32) and a flag (bool)."""
+CODE_BYTES = 4
+CODE_ROW_BYTES = 1
+"""Besides its codes a row of the store has a flag (bool)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +63,9 @@ def model_budget(model: nn.Module, world_size: int) -> Budget:
 
 
 def token_bytes(schema: FeatureSchema) -> int:
-    """Return the size of the token store on disk; it is memory-mapped, so it takes no memory that others could need."""
+    """Return the size of tokens and codes on disk; they are memory-mapped and take no memory that others could need."""
     row = sum(modality.max_tokens * modality.dim * TOKEN_BYTES + TOKEN_ROW_BYTES for modality in schema.modalities)
+    row += sum(code.levels * CODE_BYTES + CODE_ROW_BYTES for code in schema.codes)
     return schema.item_rows * row
 
 

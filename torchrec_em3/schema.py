@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FeatureSchema", "ModalitySpec", "SparseFeature"]
+__all__ = ["CodeSpec", "FeatureSchema", "ModalitySpec", "SparseFeature"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,15 @@ class ModalitySpec:
 
 
 @dataclass(frozen=True)
+class CodeSpec:
+    """Semantic codes of items by one quantiser: `levels` numbers an item, each below `codes_per_level`."""
+
+    name: str
+    levels: int
+    codes_per_level: int
+
+
+@dataclass(frozen=True)
 class FeatureSchema:
     """Shapes of everything a batch refers to.
 
@@ -35,6 +44,7 @@ class FeatureSchema:
             embedding.
         modalities: What the token store holds.
         num_dense: Width of `Batch.dense`.
+        codes: What the code store holds.
     """
 
     user_features: tuple[SparseFeature, ...]
@@ -42,6 +52,7 @@ class FeatureSchema:
     known_items: int
     modalities: tuple[ModalitySpec, ...] = ()
     num_dense: int = 0
+    codes: tuple[CodeSpec, ...] = ()
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> "FeatureSchema":
@@ -53,5 +64,9 @@ class FeatureSchema:
             modalities=tuple(
                 ModalitySpec(name, int(spec["dim"]), int(spec["max_tokens"]))
                 for name, spec in sorted(meta["modalities"].items())
+            ),
+            codes=tuple(
+                CodeSpec(name, int(spec["levels"]), int(spec["codes_per_level"]))
+                for name, spec in sorted(meta.get("codes", {}).items())
             ),
         )

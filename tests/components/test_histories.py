@@ -148,6 +148,18 @@ def test_lora_adapts_every_map_of_a_tower_that_names_none(projection: nn.Linear)
     assert sum("lora_A" in name for name, _ in history.named_parameters()) == len(maps)
 
 
+@pytest.mark.parametrize("name", ["lora_qformer", "shared"])
+def test_what_makes_tokens_is_trained_from_the_shared_history_alone(
+    name: str, tower: FusionQFormer, projection: nn.Linear
+) -> None:
+    """Embeddings of codes are weights of the target branch, as the tower is."""
+    source = FakeSource(tower, 10)
+    for tokens in source.tokens().values():
+        tokens.tokens_UTD.requires_grad_()
+    content(build(name, tower), source, tower, projection)[0].square().sum().backward()
+    assert {tokens.tokens_UTD.grad is None for tokens in source.tokens().values()} == {name == "lora_qformer"}
+
+
 def test_lora_refuses_towers_it_cannot_adapt(tower: FusionQFormer) -> None:
     class NoMaps(nn.Module):
         pass

@@ -50,7 +50,17 @@ def test_sequences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (meta["split"], meta["label_threshold"], meta["time_cuts"]) == ("leave_last", None, None)
     rows = PreparedData.open(tmp_path / "data").split_rows("test")
     assert (len(rows["label"]), rows["label"].sum()) == (150, 30)
+    put(tmp_path / "codes.json", json.dumps({f"i{item}": [item, 3] for item in range(16)}))
+    put(tmp_path / "Made.index_found.json", json.dumps({f"i{item}": [f"<a_{item}>"] for item in range(17)}))
+    assert em3(*arguments, "--out", tmp_path / "coded", "--codes", "given=codes.json") == 0
+    assert "given: codes of 16 items, 1 without (2 levels of 16, codes.json)" in capsys.readouterr().out
+    assert list(meta_of(tmp_path / "coded")["codes"]) == ["given"]
+    assert em3(*arguments, "--out", tmp_path / "found") == 0
+    assert meta_of(tmp_path / "found")["codes"]["found"]["levels"] == 1
     for wrong, code, message in (
+        (("--codes", "codes.json"), 2, "--codes codes.json must be NAME=FILE"),
+        (("--codes", "text=codes.json"), 3, "codes 'text' need another name"),
+        (("--codes", "given=gone.json"), 3, "gone.json: cannot be read"),
         (("--split", "temporal"), 2, "use --split leave_last"),
         (("--negatives", "0"), 2, "--negatives is 0, must be at least 1"),
         (("--negative_sampling", "popularty"), 2, "Did you mean 'popularity'"),

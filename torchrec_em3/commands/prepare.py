@@ -2,16 +2,19 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
 from torchrec_em3.datasets.amazon import read_amazon
+from torchrec_em3.datasets.code_files import find_codes, name_codes, read_codes
 from torchrec_em3.datasets.download import download
 from torchrec_em3.datasets.movielens import read_movielens
 from torchrec_em3.datasets.picture_download import PictureLimits
 from torchrec_em3.datasets.prepare import PrepareOptions, prepare
+from torchrec_em3.datasets.raw import RawDataset
 from torchrec_em3.datasets.sequences import read_sequences
 from torchrec_em3.datasets.simulated import SimulatedOptions, simulate
 from torchrec_em3.errors import ConfigError
@@ -77,6 +80,14 @@ def _path(value: str) -> Path | None:
     return Path(value) if value else None
 
 
+def _add_codes(parser: CommandParser) -> None:
+    parser.add_argument("--codes", type=str, default="", help="Semantic codes of the items, NAME=FILE with commas.")
+
+
+def _with_codes(raw: RawDataset, files: Mapping[str, Path]) -> RawDataset:
+    return replace(raw, codes={name: read_codes(path) for name, path in files.items()})
+
+
 def _movielens(arguments: Sequence[str]) -> None:
     def extend(parser: CommandParser) -> None:
         parser.add_argument("--source", type=str, default="", help="Folder with the publisher's files.")
@@ -85,12 +96,13 @@ def _movielens(arguments: Sequence[str]) -> None:
             "--download", type=str, default="", help="Fetch this set from the publisher first, e.g. ml-1m."
         )
         parser.add_argument("--cache", type=str, default="data/raw", help="Where downloads are kept.")
+        _add_codes(parser)
 
     values, options = _parse("movielens", arguments, extend)
     if bool(values.source) == bool(values.download):
         raise ConfigError("give either --source DIR with the publisher's files or --download NAME")
     source = Path(values.source) if values.source else download(values.download, Path(values.cache))
-    raw = read_movielens(source, _path(values.ratings))
+    raw = _with_codes(read_movielens(source, _path(values.ratings)), name_codes(values.codes, source))
     _say(prepare(raw, Path(values.out), options), values.out, "movielens")
 
 
@@ -102,6 +114,7 @@ def _amazon(arguments: Sequence[str]) -> None:
         parser.add_argument(
             "--images", type=str, default="", help="Folder of <asin>.jpg; images/ in SOURCE if not given."
         )
+        _add_codes(parser)
         parser.add_argument("--download_images", action="store_true", help="Fetch the pictures that the folder lacks.")
         parser.add_class_arguments(PictureLimits, "download")
 
@@ -113,6 +126,7 @@ def _amazon(arguments: Sequence[str]) -> None:
         _path(values.images),
         values.download if values.download_images else None,
     )
+    raw = _with_codes(raw, name_codes(values.codes, Path(values.source)))
     _say(prepare(raw, Path(values.out), options), values.out, "amazon")
 
 
@@ -121,13 +135,16 @@ def _sequences(arguments: Sequence[str]) -> None:
         parser.add_argument("--source", type=str, required=True, help="Folder with the sequence file.")
         parser.add_argument("--metadata", type=str, default="", help="Amazon metadata of items called by their ASIN.")
         parser.add_argument("--images", type=str, default="", help="Folder of <item id>.jpg.")
+        _add_codes(parser)
 
     # What a sequence holds is positive, and nobody knows when it happened.
     defaults = {"split": "leave_last", "negatives": SEQUENCE_NEGATIVES}
     values, options = _parse("sequences", arguments, extend, fixed={"label_threshold": None}, defaults=defaults)
     if options.negatives == 0:
         raise ConfigError("sequences hold positives only; --negatives is 0, must be at least 1")
-    raw = read_sequences(Path(values.source), _path(values.metadata), _path(values.images))
+    source = Path(values.source)
+    raw = read_sequences(source, _path(values.metadata), _path(values.images))
+    raw = _with_codes(raw, name_codes(values.codes, source) or find_codes(source))
     _say(prepare(raw, Path(values.out), options), values.out, "amazon")
 
 
@@ -154,5 +171,10 @@ def _say(meta: dict[str, Any], out: str, preset: str) -> None:
         print(
             f"  {name}: {modality['present']} items, {modality['missing']} without, {modality['broken']} unreadable "
             f"({modality['encoder']})"
+        )
+    for name, codes in meta["codes"].items():
+        print(
+            f"  {name}: codes of {codes['present']} items, {codes['missing']} without "
+            f"({codes['levels']} levels of {codes['codes_per_level']}, {codes['source']})"
         )
     print(f"next: em3 train --config configs/{preset}.yaml --data {out} --run runs/em3")
