@@ -4,7 +4,7 @@ Shape letters: B rows, N history positions, U distinct target items, F of them e
 them without, V distinct history items, D width, T tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,7 +79,7 @@ class _BankRows(NamedTuple):
 class _HistorySource:
     """The V distinct history items as a history adapter sees them (`components.interfaces.ItemSource`)."""
 
-    def __init__(self, item_V: Tensor, bank: _BankRows | None, tokens: ItemTokens) -> None:
+    def __init__(self, item_V: Tensor, bank: _BankRows | None, tokens: nn.Module) -> None:
         self._item_V, self._bank, self._tokens = item_V, bank, tokens
 
     def bank_rows(self) -> tuple[Tensor, Tensor]:
@@ -117,14 +117,15 @@ class ContentPath(nn.Module):
         super().__init__()
         width = config.embedding_dim
         specs = schema.codes if config.codes == "content" else ()
-        self.tokens = ItemTokens(schema.modalities, specs, store, codes, width)
+        tokens = ItemTokens(schema.modalities, specs, store, codes, width)
+        self.tokens: nn.Module = tokens
         self._encode_fraction = config.encode_fraction
         self.tower = build_part(
             TOWERS,
             config.content,
             config.content_options,
-            self.tokens.dims,
-            self.tokens.counts,
+            tokens.dims,
+            tokens.counts,
             width,
         )
         tower_width = output_width(self.tower, width)
@@ -143,17 +144,13 @@ class ContentPath(nn.Module):
                 f"--model.history {config.history} does not keep; use 1 or --model.history cache"
             )
         self.similarity: Any = None
-        if config.similarity != NONE:
+        if config.similarity != "none":
             if self.history is None:
                 raise ConfigError(
                     f"--model.similarity {config.similarity} compares targets with the content of the history, which "
                     "--model.history none leaves out; use --model.history cache"
                 )
             self.similarity = ContentSimilarity(config.similarity)
-
-    def replace_tokens(self, change: Callable[[TokenSource], TokenSource]) -> None:
-        """Read the catalogue's tokens through `change(store)` from now on, for example with some of them left out."""
-        self._store = change(self._store)
 
     def encode(self, item_U: Tensor, store: TokenSource | None = None) -> tuple[Tensor, Tensor]:
         """Return the tower's output [U, D] and which items have any content, present_U.

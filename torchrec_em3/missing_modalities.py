@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchrec_em3.batch import ModalityTokens
-from torchrec_em3.content_path import TokenSource
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.evaluate import evaluate_split
+from torchrec_em3.item_tokens import TokenSource
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import write_json
 from torchrec_em3.trained_run import TrainedRun
@@ -21,36 +21,37 @@ from torchrec_em3.trained_run import TrainedRun
 __all__ = ["ReducedTokens", "measure_without_modalities"]
 
 
-class ReducedTokens:
-    """A token source in which a random share of the items lack one of the modalities that they have.
+class ReducedTokens(nn.Module):
+    """Tokens of the catalogue in which a random share of the items lack one of the modalities that they have.
 
     Each item is drawn by itself, and the lost modality is drawn among those that it has; an item with a single modality
     loses that one. What an item loses depends on the seed and its row alone, so it is the same on any number of ranks.
 
     Args:
-        source: Where the tokens are.
+        tokens: All tokens of items by modality (see `torchrec_em3.item_tokens.ItemTokens`).
         item_rows: Catalogue rows N, row 0 included.
         share: Chance of an item to be drawn, in [0, 1].
         seed: Seed of the draw.
     """
 
-    def __init__(self, source: TokenSource, item_rows: int, share: float, seed: int) -> None:
-        self._source = source
+    def __init__(self, tokens: nn.Module, item_rows: int, share: float, seed: int) -> None:
+        super().__init__()
+        self._tokens = tokens
         random = np.random.default_rng(seed)
         self._drawn_N = torch.from_numpy(random.random(item_rows) < share)
         self._place_N = torch.from_numpy(random.random(item_rows))
 
-    def fetch(self, items_U: Tensor, device: torch.device | None = None) -> dict[str, ModalityTokens]:
-        """Return the tokens of `items_U` by modality, on `device`, the lost ones marked as not valid."""
-        tokens = self._source.fetch(items_U, device)
+    def forward(self, items_U: Tensor, store: TokenSource | None = None) -> dict[str, ModalityTokens]:
+        """Return the tokens of `items_U` by modality, the lost ones marked as not valid."""
+        tokens = self._tokens(items_U, store)
         present_UM = torch.stack([valid_UT.any(1) for _, valid_UT in tokens.values()], dim=1)
         rows_U = items_U.cpu()
         drawn_U, place_U = (column_N[rows_U].to(present_UM.device) for column_N in (self._drawn_N, self._place_N))
         lost_U = (place_U * present_UM.sum(1)).long()
         is_lost_UM = present_UM & (present_UM.cumsum(1) - 1 == lost_U[:, None]) & drawn_U[:, None]
         return {
-            name: ModalityTokens(tokens_UTD, valid_UT & ~lost_U1)
-            for (name, (tokens_UTD, valid_UT)), lost_U1 in zip(tokens.items(), is_lost_UM.split(1, dim=1), strict=True)
+            name: ModalityTokens(tokens_UTD, valid_UT & ~is_lost_UM[:, place : place + 1])
+            for place, (name, (tokens_UTD, valid_UT)) in enumerate(tokens.items())
         }
 
 
@@ -80,7 +81,7 @@ def measure_without_modalities(
     model = trained.sharded.model
     if model.content is None:
         raise ConfigError(f"{run} has --model.content none, so it has no modality to drop")
-    model.content.replace_tokens(lambda source: ReducedTokens(source, model.item_rows, share, seed))
+    model.content.tokens = ReducedTokens(model.content.tokens, model.item_rows, share, seed)
     result: dict[str, Any] = {"drop_modality": share, "drop_seed": seed, "checkpoint": trained.origin["checkpoint"]}
     for split in ("validation", "test"):
         result[split] = evaluate_split(trained.sharded, trained.data, split, trained.config, ranks)

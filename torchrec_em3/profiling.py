@@ -38,7 +38,7 @@ MODEL_PARTS = (
     ("ID lookup", "users.forward"),
     ("ID lookup", "items.forward"),
     ("ID attention", "attention.forward"),
-    ("token fetch", "content._store.fetch"),
+    ("token fetch", "content.tokens.forward"),
     ("tower", "content.tower.forward"),
     ("tower", "content.projection.forward"),
     ("bank read", "content.bank.read"),

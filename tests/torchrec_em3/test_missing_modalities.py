@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import tests.tiny_parts  # noqa: F401  registers the tiny encoders
 from tests.gang import run_ranks
 from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.cli import run as em3
 from torchrec_em3.commands import evaluate
+from torchrec_em3.item_tokens import TokenSource
 from torchrec_em3.missing_modalities import ReducedTokens, measure_without_modalities
 from torchrec_em3.process_group import process_group
 from torchrec_em3.trained_run import open_trained_run
@@ -24,18 +25,18 @@ ROWS = 400
 SMALL = ["--loader.batch_size", "256", "--model.embedding_dim", "8", "--train.epochs", "1"]
 
 
-class Source:
+class Source(nn.Module):
     """Three modalities: item i has modality m unless i is a multiple of m + 2."""
 
-    def fetch(self, items_U: Tensor, device: torch.device | None = None) -> dict[str, ModalityTokens]:
+    def forward(self, items_U: Tensor, store: TokenSource | None = None) -> dict[str, ModalityTokens]:
         return {
             name: ModalityTokens(torch.ones(len(items_U), 2, 3), (items_U % (place + 2) > 0)[:, None].expand(-1, 2))
             for place, name in enumerate(("audio", "image", "text"))
         }
 
 
-def presence(source: Any, items_U: Tensor) -> Tensor:
-    return torch.stack([modality.valid_UT.any(1) for modality in source.fetch(items_U).values()], dim=1)
+def presence(source: nn.Module, items_U: Tensor) -> Tensor:
+    return torch.stack([modality.valid_UT.any(1) for modality in source(items_U).values()], dim=1)
 
 
 @settings(max_examples=30, deadline=None)
@@ -93,14 +94,14 @@ def test_an_item_that_lost_its_only_modality_is_forgotten_by_the_bank(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint's bank still has its row; histories must not see it."""
-    fetch = ReducedTokens.fetch
+    read = ReducedTokens.forward
 
     def text_alone(self: ReducedTokens, *arguments: Any) -> dict[str, ModalityTokens]:
-        tokens = fetch(self, *arguments)
+        tokens = read(self, *arguments)
         image, text = tokens["image"], tokens["text"]
         return {"image": ModalityTokens(image.tokens_UTD, torch.zeros_like(image.valid_UT)), "text": text}
 
-    monkeypatch.setattr(ReducedTokens, "fetch", text_alone)
+    monkeypatch.setattr(ReducedTokens, "forward", text_alone)
     with process_group() as ranks:
         opened = open_trained_run(trained, ranks)
         content = opened.sharded.model.content
