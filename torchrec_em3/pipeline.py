@@ -45,9 +45,7 @@ class CheckedPipeline(TrainPipelineBase[PendingBatch, Output]):
     def _next_batch(self, dataloader_iter: Iterator[Batch]) -> PendingBatch | None:
         batch = super()._next_batch(dataloader_iter)
         with self._stream_context(self._memcpy_stream):
-            self._next = (
-                None if batch is None else self._sharded.model.ask(batch.to(self._device, non_blocking=True))
-            )
+            self._next = None if batch is None else self._sharded.model.ask(batch.to(self._device, non_blocking=True))
         return self._next
 
     def _copy_batch_to_gpu(self, cur_batch: PendingBatch) -> None:

@@ -23,9 +23,9 @@ from torchrec_em3.config import Config
 from torchrec_em3.datasets.loader import BatchStream, batch_loader
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.evaluate import refresh_bank
+from torchrec_em3.pipeline import CheckedPipeline
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.sharding import ShardedModel
-from torchrec_em3.pipeline import CheckedPipeline
 
 __all__ = ["OperatorTime", "PartTime", "StepProfile", "profile_steps"]
 
