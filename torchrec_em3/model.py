@@ -1,6 +1,6 @@
 """The EM3 model graph: ID path, content path, ranker and losses in one module.
 
-Shape letters: B rows, U distinct target items, V distinct history items, D width.
+Shape letters: B rows, U distinct target items, E of them in the alignment loss, V distinct history items, D width.
 """
 
 from dataclasses import dataclass, field
@@ -162,10 +162,11 @@ class EM3Model(nn.Module):
         """Contrast content and ID of the distinct targets that have both and whose content was encoded in this step."""
         if self.alignment is None or not self.training:
             return None
-        usable_U = content.encoded_U & self.items.known(items.target_U)
-        count_U = torch.bincount(items.row_B, minlength=items.target_U.numel())
+        # Places, not a mask: indexing by a mask makes the host wait for a GPU each time.
+        usable_E = (content.encoded_U & self.items.known(items.target_U)).nonzero().squeeze(1)
+        count_U = torch.zeros_like(items.target_U).index_add_(0, items.row_B, torch.ones_like(items.row_B))
         loss: Tensor = self.alignment(
-            content.target_UD[usable_U], id_UD[usable_U], items.target_U[usable_U], count_U[usable_U]
+            content.target_UD[usable_E], id_UD[usable_E], items.target_U[usable_E], count_U[usable_E]
         )
         return loss
 
