@@ -36,7 +36,7 @@ class CheckedPipeline(TrainPipelineBase[PendingBatch, Output]):
         self.stop_requested = False
         self.stop_agreed = False
 
-    def progress(self, dataloader_iter: Iterator[Batch]) -> Output:  # type: ignore[override]
+    def progress(self, dataloader_iter: Iterator[Batch]) -> Output:
         """Train on the next batch, and take its result into the running average of the weights."""
         output = super().progress(dataloader_iter)
         self._sharded.average.update(self._sharded.model.step)
