@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/speed.py [--only 1 7] [--data DATA] [--out FILE]
 
 Rows: 1 EM3 beside ID-only, for each length of history; 2 a million users beside a tenth of them; 3 full histories
-beside half-filled ones; 4 the loader's share; 5 memory; 6 the loader alone; 7 scoring and evaluation beside training.
+beside half-filled ones; 4 the loader's share; 5 memory; 6 the loader alone; 7 scoring and evaluation beside training;
+8 EM3 beside MMCTR-Bench's published figure; 9 distinct items beside items as they come.
 
 What is compared takes turns, A B A B, in one process; a row's value is the median of the rounds' ratios. All times are
 CPU seconds of the process, so that other work on the machine adds little. Items are Zipf(1.1); tokens have the shapes
@@ -13,7 +14,6 @@ of the default encoders. EM3 is history `cache`; its bank is filled first, as af
 import dataclasses
 import itertools
 import multiprocessing
-import os
 import shlex
 import sys
 import tempfile
@@ -21,144 +21,31 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+from bench import FULL, HALF, HEADER, Bench, Row, Sizes, costs
 from jsonargparse import ArgumentParser
-from synthetic import write_synthetic
+from torch import Tensor
 from turns import WARM_UP_STEPS, Training, endless_batches, shape_of, take_turns
 
 from torchrec_em3.batch import Batch
 from torchrec_em3.build import open_data
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig
 from torchrec_em3.evaluate import evaluate_split, predict, refresh_bank
-from torchrec_em3.process_group import Ranks, process_group
+from torchrec_em3.process_group import process_group
 
-FULL, HALF = 10.0, 1.25
-"""Events a user has, in lengths of history: with a fifth of them kept from training, rows see 94 % and 50 % of it."""
 EVENTS_OF_A_USER = 10
 """In the comparison of numbers of users, where histories are short and a row's user weighs most."""
 MEMORY_STEPS = 20
 LOADER_BATCHES = 50
-HEADER = "| row | ratio | goal | median | rounds | met | measured on |\n|" + "---|" * 7
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table: a goal such as "<= 1.3", the ratio of each round, and what it was measured on."""
-
-    number: int
-    what: str
-    goal: str
-    ratios: np.ndarray
-    measured: str
-
-    def __str__(self) -> str:
-        """Return the line."""
-        value = float(np.median(self.ratios))
-        relation, limit = self.goal.split()
-        met = value <= float(limit) if relation == "<=" else value >= float(limit)
-        spread = f"{self.ratios.min():.2f} to {self.ratios.max():.2f}"
-        cells = (self.number, self.what, self.goal, f"**{value:.2f}**", spread, "yes" if met else "no", self.measured)
-        return f"| {' | '.join(map(str, cells))} |"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """What is measured."""
-
-    data: str = ""
-    """Prepared folder to measure on as well."""
-    batch_size: int = 4096
-    """Rows per step."""
-    embedding_dim: int = 64
-    """Width of IDs and content."""
-    hidden: tuple[int, ...] = (1024, 512, 256)
-    """Hidden widths of the ranker."""
-    encode_fraction: float = 0.25
-    """Share of the distinct targets that a step of EM3 encodes."""
-    histories: tuple[int, ...] = (50, 200, 1000)
-    """Longest histories of rows 1 and 3; the others take the first."""
-    rounds: int = 5
-    """How often those compared take turns."""
-    steps: int = 3
-    """Training steps of a turn."""
-    num_items: int = 50_000
-    """Items of the synthetic data."""
-    num_events: int = 1_500_000
-    """Events of the synthetic data."""
-    num_users: int = 1_000_000
-    """Users of row 2."""
-
-    def __str__(self) -> str:
-        """Return them in words."""
-        return (
-            f"Batch {self.batch_size:,}, D {self.embedding_dim}, MLP {'-'.join(map(str, self.hidden))}, "
-            f"{self.num_items:,} items Zipf(1.1), a share of {self.encode_fraction:g} of the targets encoded; "
-            f"{self.rounds} rounds of {self.steps} steps, {torch.get_num_threads()} thread(s) of {os.cpu_count()} "
-            f"{torch.backends.cpu.get_cpu_capability()} cores, torch {torch.__version__}."
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """The sizes, and where the synthetic data are kept between rows."""
-
-    sizes: Sizes
-    folder: Path
-    ranks: Ranks
-
-    def synthetic(self, num_users: int, num_events: int) -> Path:
-        """Return the prepared folder of these sizes; made at the first call, with one copy of the tokens for all."""
-        path = self.folder / f"{num_users}-{num_events}"
-        if not path.is_dir():
-            others = sorted(self.folder.iterdir())
-            write_synthetic(
-                path,
-                num_users=num_users,
-                num_items=self.sizes.num_items,
-                num_events=num_events,
-                tokens_of=others[0] if others else None,
-            )
-        return path
-
-    def filled(self, history: int, lengths: float) -> Path:
-        """Return synthetic data whose users have `lengths` times `history` events."""
-        return self.synthetic(int(self.sizes.num_events / (lengths * history)), self.sizes.num_events)
-
-    def sources(self) -> Iterator[tuple[str, Path]]:
-        """Yield name and folder of the data for rows with the shortest history: synthetic, and the one given."""
-        yield "synthetic", self.filled(self.sizes.histories[0], FULL)
-        if self.sizes.data:
-            yield Path(self.sizes.data).name, Path(self.sizes.data)
-
-    def models(self, path: Path, history: int) -> dict[str, Config]:
-        """Return the configs of ID-only and EM3 on some data."""
-        em3 = Config(
-            data=str(path),
-            loader=LoaderConfig(batch_size=self.sizes.batch_size, max_history=history),
-            model=ModelConfig(
-                embedding_dim=self.sizes.embedding_dim,
-                history="cache",
-                encode_fraction=self.sizes.encode_fraction,
-                ranker_options={"hidden": self.sizes.hidden},
-            ),
-        )
-        return {"ID-only": dataclasses.replace(em3, model=dataclasses.replace(em3.model, content="none")), "EM3": em3}
-
-    def train(self, configs: Mapping[str, Config]) -> dict[str, np.ndarray]:
-        """Train several models in turns; return their CPU seconds per 1,000 samples, round by round."""
-        trainings = {name: Training(config, self.ranks) for name, config in configs.items()}
-        for training in trainings.values():
-            training.run(WARM_UP_STEPS)
-        return take_turns(
-            {name: partial(training.run, self.sizes.steps) for name, training in trainings.items()}, self.sizes.rounds
-        )
-
-
-def _costs(times: Mapping[str, np.ndarray]) -> str:
-    """Return the medians in words."""
-    return ", ".join(f"{name} {np.median(values):.4f}" for name, values in times.items()) + " CPU s per 1,000 samples"
+MMCTR_EM3 = 25.4
+"""CPU s per 1,000 samples of MMCTR-Bench's EM3 at its catalogue's widths, batch and history as below: measured in
+another run on this kind of machine (2 cores, torch 2.13.0), one thread."""
+MMCTR_BATCH, MMCTR_HISTORY = 1024, 50
+MMCTR_HIDDEN = (1024, 512, 256)
+"""Hidden widths both of its content attention and of its head; it has no attention over IDs."""
 
 
 def content_cost(bench: Bench) -> Iterator[Row]:
@@ -171,7 +58,7 @@ def content_cost(bench: Bench) -> Iterator[Row]:
         configs = bench.models(path, history)
         times = bench.train(configs)
         shape = shape_of(configs["EM3"], open_data(configs["EM3"]))
-        measured = f"{name}: {shape}; {_costs(times)}"
+        measured = f"{name}: {shape}; {costs(times)}"
         what = f"training EM3 / ID-only, history {history}"
         yield Row(1, what, f"<= {limits.get(history, 1.3)}", times["EM3"] / times["ID-only"], measured)
 
@@ -185,7 +72,7 @@ def user_scale(bench: Bench) -> Iterator[Row]:
     few, many = configs
     times = bench.train(configs)
     shape = shape_of(configs[many], open_data(configs[many]))
-    yield Row(2, f"training ID-only, {many} / {few}", "<= 1.15", times[many] / times[few], f"{shape}; {_costs(times)}")
+    yield Row(2, f"training ID-only, {many} / {few}", "<= 1.15", times[many] / times[few], f"{shape}; {costs(times)}")
 
 
 def raggedness(bench: Bench) -> Iterator[Row]:
@@ -195,7 +82,7 @@ def raggedness(bench: Bench) -> Iterator[Row]:
         configs = {name: bench.models(bench.filled(history, fill), history)[model] for name, fill in fills.items()}
         times = bench.train(configs)
         lengths = [shape_of(config, open_data(config)).history for config in configs.values()]
-        measured = f"{lengths[0]:.1f} and {lengths[1]:.1f} history items a row; {_costs(times)}"
+        measured = f"{lengths[0]:.1f} and {lengths[1]:.1f} history items a row; {costs(times)}"
         what = f"speed of {model}, half-filled / full histories of {history}"
         yield Row(3, what, ">= 1.6", times["full"] / times["half-filled"], measured)
 
@@ -212,7 +99,7 @@ def loader_share(bench: Bench) -> Iterator[Row]:
         training.run(WARM_UP_STEPS)
         times = take_turns(works, bench.sizes.rounds)
         what = f"samples/s of {model}, with our loader / bare step"
-        yield Row(4, what, ">= 0.9", times["bare"] / times["with loader"], f"{source}: {_costs(times)}")
+        yield Row(4, what, ">= 0.9", times["bare"] / times["with loader"], f"{source}: {costs(times)}")
 
 
 def _bare_steps(training: Training, ready: list[Batch], device: torch.device) -> int:
@@ -270,7 +157,7 @@ def loader_alone(bench: Bench) -> Iterator[Row]:
         times = take_turns(works, bench.sizes.rounds)
         ratio = times["training ID-only"] / times["loader"]
         rate = 1000 / np.median(times["loader"])
-        measured = f"{source}: loader {rate:,.0f} samples/s; {_costs(times)}"
+        measured = f"{source}: loader {rate:,.0f} samples/s; {costs(times)}"
         yield Row(6, "samples/s of the loader alone / training ID-only", ">= 5", ratio, measured)
 
 
@@ -282,7 +169,7 @@ def scoring(bench: Bench) -> Iterator[Row]:
         refresh = times.pop("refresh")
         times["evaluation"] -= refresh  # `evaluate_split` begins with one
         rows = len(training.data.split_rows("validation")["user"])
-        words = f"{source}, {rows:,} rows: {_costs(times)}"
+        words = f"{source}, {rows:,} rows: {costs(times)}"
         if model == "EM3":
             seconds = np.median(refresh) * rows / 1000
             words += f"; a refresh of {training.data.item_rows - 1:,} items takes {seconds:.2f} CPU s"
@@ -314,6 +201,55 @@ def _scoring_times(training: Training, bench: Bench) -> dict[str, np.ndarray]:
     )
 
 
+def mmctr_em3(bench: Bench) -> Iterator[Row]:
+    """Row 8: EM3 beside a published figure, which took no turns with it."""
+    defaults = ModelConfig()
+    head = dataclasses.replace(defaults, content_attention_hidden=MMCTR_HIDDEN, ranker_options={"hidden": MMCTR_HIDDEN})
+    models = {
+        "with each project's defaults": (defaults, 60),
+        "with its widths of content attention and head": (head, 20),
+        "with its width of attention over IDs too": (dataclasses.replace(head, attention_hidden=MMCTR_HIDDEN), 20),
+    }
+    loader = LoaderConfig(batch_size=MMCTR_BATCH, max_history=MMCTR_HISTORY)
+    data = str(bench.filled(MMCTR_HISTORY, FULL))
+    configs = {name: Config(data=data, loader=loader, model=model) for name, (model, _) in models.items()}
+    times = bench.train(configs)
+    for name, (_, factor) in models.items():
+        shape = shape_of(configs[name], open_data(configs[name]))
+        measured = (
+            f"synthetic: {shape}; ours {np.median(times[name]):.3f} CPU s per 1,000 samples, MMCTR-Bench's {MMCTR_EM3} "
+            "measured elsewhere: another run, same kind of machine"
+        )
+        what = f"speed of EM3 / MMCTR-Bench's EM3, {name}"
+        yield Row(8, what, f">= {factor}", MMCTR_EM3 / times[name], measured)
+
+
+def deduplication(bench: Bench) -> Iterator[Row]:
+    """Row 9: a step of EM3 that encodes all its targets and aligns none, on distinct items and on all as they come."""
+    history = bench.sizes.histories[0]
+    em3 = bench.models(bench.filled(history, FULL), history)["EM3"]
+    config = dataclasses.replace(em3, model=dataclasses.replace(em3.model, encode_fraction=1.0, alignment_weight=0.0))
+    trainings = {name: Training(config, bench.ranks) for name in ("distinct", "as they come")}
+
+    def as_they_come() -> int:
+        with mock.patch("torchrec_em3.model.distinct", _as_they_come):
+            return trainings["as they come"].run(bench.sizes.steps)
+
+    works = {"distinct": partial(trainings["distinct"].run, bench.sizes.steps), "as they come": as_they_come}
+    take_turns(works, 1)  # warms up
+    times = take_turns(works, bench.sizes.rounds)
+    shape = shape_of(config, trainings["distinct"].data)
+    share = shape.rows / shape.distinct_targets, shape.rows * shape.history / shape.distinct_history
+    measured = f"synthetic: {shape}, so {share[0]:.1f} and {share[1]:.1f} of each; {costs(times)}"
+    what = "speed of EM3, each distinct item once / items as they come"
+    yield Row(9, what, ">= 1", times["as they come"] / times["distinct"], measured)
+
+
+def _as_they_come(id_N: Tensor, table_rows: int) -> tuple[Tensor, Tensor]:
+    """Stand in for `distinct`: every id counts as one of its own."""
+    return id_N, torch.arange(id_N.numel(), device=id_N.device)
+
+
 ROWS: dict[int, Callable[[Bench], Iterator[Row]]] = {
     1: content_cost,
     2: user_scale,
@@ -322,6 +258,8 @@ ROWS: dict[int, Callable[[Bench], Iterator[Row]]] = {
     5: memory,
     6: loader_alone,
     7: scoring,
+    8: mmctr_em3,
+    9: deduplication,
 }
 
 

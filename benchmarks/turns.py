@@ -14,8 +14,8 @@ from torchrec_em3.datasets.loader import BatchStream, batch_loader
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.evaluate import refresh_bank
 from torchrec_em3.parsing import resolve_parts
+from torchrec_em3.pipeline import CheckedPipeline
 from torchrec_em3.process_group import Ranks
-from torchrec_em3.train import CheckedPipeline
 
 __all__ = ["Shape", "Training", "cpu_seconds_per_1k", "endless_batches", "shape_of", "take_turns"]
 

@@ -12,6 +12,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_em3.batch import HISTORY, TARGET
+from torchrec_em3.components.lookup import Lookup
 from torchrec_em3.schema import FeatureSchema
 
 __all__ = ["ItemEmbedding", "Precision", "UserEmbedding"]
@@ -46,8 +47,16 @@ class UserEmbedding(nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
         """Return the pooled embedding [B, D] of each user feature, by name; the keys must be the schema's."""
+        return self.answer(self.ask(features))
+
+    def ask(self, features: KeyedJaggedTensor) -> Lookup:
+        """Begin to look up features; `answer` completes it, and the two together are `forward`."""
+        return Lookup(self.tables, features)
+
+    def answer(self, lookup: Lookup) -> dict[str, Tensor]:
+        """Return what `forward` would have returned for what was asked."""
         # By name: the order in which a sharded collection returns its features depends on the plan.
-        pooled = self.tables(features).to_dict()
+        pooled = lookup.rows().to_dict()
         return {name: pooled[name] for name in self.names}
 
 
@@ -91,11 +100,19 @@ class ItemEmbedding(nn.Module):
         Returns:
             target_UD, history_VD and the embedding of "unknown", unknown_D.
         """
+        return self.answer(self.ask(target_U, history_V))
+
+    def ask(self, target_U: Tensor, history_V: Tensor) -> Lookup:
+        """Begin to look up distinct items; `answer` completes it, and the two together are `forward`."""
         unknown = target_U.new_zeros(1)
         values = torch.cat([unknown, self._table_row(target_U), self._table_row(history_V)])
         lengths = torch.tensor([1 + target_U.numel(), history_V.numel()], device=values.device)
         features = KeyedJaggedTensor(keys=[TARGET, HISTORY], values=values, lengths=lengths)
-        rows = self.tables(features)
+        return Lookup(self.tables, features)
+
+    def answer(self, lookup: Lookup) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `forward` would have returned for what was asked."""
+        rows = lookup.rows()
         target, history_VD = rows[TARGET].values(), rows[HISTORY].values()
         return target[1:], history_VD, target[0]
 

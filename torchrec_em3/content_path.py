@@ -199,7 +199,7 @@ class ContentPath(nn.Module):
         raw_UD = bank.target_UD.index_copy(0, missing_G, missing_GD).index_copy(0, fresh_F, fresh_FD)
         encoded_U = torch.zeros_like(drawn_U).index_copy_(0, fresh_F, present_F)
         if self.training:
-            known_K = torch.cat([fresh_F[present_F], missing_G[present_G]])
+            known_K = encoded_U.index_copy(0, missing_G, present_G).nonzero().squeeze(1)
             self.bank.write(items.target_U[known_K], raw_UD[known_K], step)
         return raw_UD, encoded_U, _bank_metrics(bank, fresh_F, fresh_FD)
 

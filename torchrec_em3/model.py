@@ -1,6 +1,6 @@
 """The EM3 model graph: ID path, content path, ranker and losses in one module.
 
-Shape letters: B rows, U distinct target items, V distinct history items, D width.
+Shape letters: B rows, U distinct target items, E of them in the alignment loss, V distinct history items, D width.
 """
 
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from torchrec_em3.config import Config
 from torchrec_em3.content_path import Content, ContentPath, DistinctItems
 from torchrec_em3.item_tokens import CodeSource, TokenSource
 from torchrec_em3.parts import build_part
+from torchrec_em3.pending_batch import PendingBatch
 from torchrec_em3.registry import ALIGNMENTS, RANKERS
 from torchrec_em3.schema import FeatureSchema
 
@@ -99,14 +100,24 @@ class EM3Model(nn.Module):
         self.ranker = build_part(RANKERS, options.ranker, options.ranker_options, block_dims)
         self.step = 0
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Output]:
-        """Return the loss (a scalar whose mean over ranks is the global batch's) and the logits with their metrics."""
+    def ask(self, batch: Batch) -> PendingBatch:
+        """Find a batch's distinct items and ask for the embeddings of its ids; reads no weight. Collective."""
+        user_BF, items = self._split(batch.sparse)
+        return PendingBatch(batch, items, self.users.ask(user_BF), self.items.ask(items.target_U, items.history_V))
+
+    def forward(self, batch: Batch | PendingBatch) -> tuple[Tensor, Output]:
+        """Return the loss (a scalar whose mean over ranks is the global batch's) and the logits with their metrics.
+
+        Args:
+            batch: A batch, or what `ask` made of it before; either comes to the same.
+        """
+        pending = batch if isinstance(batch, PendingBatch) else self.ask(batch)
+        batch, items = pending.batch, pending.items
         if self.training:
             self.step += 1
-        user_BF, items = self._split(batch.sparse)
-        target_UD, history_VD, unknown_D = self.items(items.target_U, items.history_V)
+        target_UD, history_VD, unknown_D = self.items.answer(pending.item_rows)
         target_BD = self._hide_ids(target_UD[items.row_B], unknown_D)
-        blocks = {_user_block(name): user_BD for name, user_BD in self.users(user_BF).items()}
+        blocks = {_user_block(name): user_BD for name, user_BD in self.users.answer(pending.user_rows).items()}
         blocks |= {
             "target": target_BD,
             "interest": self.attention(target_BD, HistoryItems(history_VD), items.row_N, items.lengths_B),
@@ -151,10 +162,11 @@ class EM3Model(nn.Module):
         """Contrast content and ID of the distinct targets that have both and whose content was encoded in this step."""
         if self.alignment is None or not self.training:
             return None
-        usable_U = content.encoded_U & self.items.known(items.target_U)
-        count_U = torch.bincount(items.row_B, minlength=items.target_U.numel())
+        # Places, not a mask: indexing by a mask makes the host wait for a GPU each time.
+        usable_E = (content.encoded_U & self.items.known(items.target_U)).nonzero().squeeze(1)
+        count_U = torch.zeros_like(items.target_U).index_add_(0, items.row_B, torch.ones_like(items.row_B))
         loss: Tensor = self.alignment(
-            content.target_UD[usable_U], id_UD[usable_U], items.target_U[usable_U], count_U[usable_U]
+            content.target_UD[usable_E], id_UD[usable_E], items.target_U[usable_E], count_U[usable_E]
         )
         return loss
 

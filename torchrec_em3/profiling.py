@@ -23,9 +23,9 @@ from torchrec_em3.config import Config
 from torchrec_em3.datasets.loader import BatchStream, batch_loader
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.evaluate import refresh_bank
+from torchrec_em3.pipeline import CheckedPipeline
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.sharding import ShardedModel
-from torchrec_em3.train import CheckedPipeline
 
 __all__ = ["OperatorTime", "PartTime", "StepProfile", "profile_steps"]
 
@@ -35,8 +35,10 @@ GRADIENTS = "gradients of dense weights"
 FORWARD_REST, BACKWARD_REST, STEP_REST = "forward, rest", "backward, rest", "step, rest"
 MODEL_PARTS = (
     ("distinct items", "_split"),
-    ("ID lookup", "users.forward"),
-    ("ID lookup", "items.forward"),
+    ("ID lookup", "users.ask"),
+    ("ID lookup", "users.answer"),
+    ("ID lookup", "items.ask"),
+    ("ID lookup", "items.answer"),
     ("ID attention", "attention.forward"),
     ("token fetch", "content.tokens.forward"),
     ("tower", "content.tower.forward"),

@@ -1,4 +1,4 @@
-"""The training loop: pipeline, validation, early stopping, checkpoints, resume."""
+"""The training loop: steps, validation, early stopping, checkpoints, resume."""
 
 import logging
 import signal
@@ -10,9 +10,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torchrec.distributed.train_pipeline.train_pipelines import TrainPipelineBase
 from tqdm import tqdm
 
 from torchrec_em3.batch import Batch
@@ -23,13 +21,13 @@ from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.errors import NumericError, Preempted
 from torchrec_em3.evaluate import evaluate_split
 from torchrec_em3.faults import fault_point
-from torchrec_em3.model import Output
+from torchrec_em3.pipeline import CheckedPipeline
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import RunLog
 from torchrec_em3.sharding import ShardedModel
 from torchrec_em3.watchdog import StepWatchdog
 
-__all__ = ["CheckedPipeline", "Progress", "Trainer"]
+__all__ = ["Progress", "Trainer"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,39 +57,6 @@ class Progress:
     best_value: float | None = None
     stale_validations: int = 0
     validated_step: int = -1
-
-
-class CheckedPipeline(TrainPipelineBase[Batch, Output]):
-    """TorchRec's pipeline with a look at the loss before backward, where the fused optimizers write.
-
-    Every rank learns of a bad loss or of a request to stop on any rank in the same step.
-    """
-
-    def __init__(self, sharded: ShardedModel, ranks: Ranks) -> None:
-        super().__init__(sharded.module, sharded.optimizer, ranks.device)
-        self._sharded, self._ranks = sharded, ranks
-        self.stop_requested = False
-        self.stop_agreed = False
-
-    def progress(self, dataloader_iter: Iterator[Batch]) -> Output:
-        """Train on the next batch, and take its result into the running average of the weights."""
-        output = super().progress(dataloader_iter)
-        self._sharded.average.update(self._sharded.model.step)
-        return output
-
-    def _backward(self, losses: Tensor) -> None:
-        state = torch.stack(
-            [torch.isfinite(losses.detach()).float(), losses.new_tensor(float(not self.stop_requested))]
-        )
-        if self._ranks.world_size > 1:
-            dist.all_reduce(state, op=dist.ReduceOp.MIN)
-        finite, go_on = state.tolist()
-        self.stop_agreed = not go_on
-        if not finite:
-            raise NumericError(f"loss is {float(losses.detach())} on rank {self._ranks.rank}")
-        fault_point("backward")
-        losses.backward()  # type: ignore[no-untyped-call]
-        fault_point("optimizer")
 
 
 class _Averages:

@@ -22,8 +22,8 @@ from torchrec_em3.datasets.loader import BatchStream, batch_loader
 from torchrec_em3.datasets.prepared import PreparedData, Split
 from torchrec_em3.evaluate import refresh_bank
 from torchrec_em3.parsing import resolve_parts
+from torchrec_em3.pipeline import CheckedPipeline
 from torchrec_em3.process_group import Ranks, process_group
-from torchrec_em3.train import CheckedPipeline
 
 
 @dataclass(frozen=True)

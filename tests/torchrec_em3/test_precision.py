@@ -12,8 +12,8 @@ from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConf
 from torchrec_em3.datasets.loader import BatchStream
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.parsing import resolve_parts
+from torchrec_em3.pipeline import CheckedPipeline
 from torchrec_em3.process_group import process_group
-from torchrec_em3.train import CheckedPipeline
 
 
 def config_for(data: Path, precision: Precision) -> Config:

@@ -16,8 +16,8 @@ from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConfig
 from torchrec_em3.datasets.loader import BatchStream
 from torchrec_em3.parts import load_builtin_parts
+from torchrec_em3.pipeline import CheckedPipeline
 from torchrec_em3.process_group import process_group
-from torchrec_em3.train import CheckedPipeline
 
 pytestmark = pytest.mark.slow
 GLOBAL_BATCH = 256

@@ -1,0 +1,74 @@
+"""One training step after another, the ids of the next batch travelling while the present one is computed."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.distributed.train_pipeline.train_pipelines import TrainPipelineBase
+
+from torchrec_em3.batch import Batch
+from torchrec_em3.errors import NumericError
+from torchrec_em3.faults import fault_point
+from torchrec_em3.model import Output
+from torchrec_em3.pending_batch import PendingBatch
+from torchrec_em3.process_group import Ranks
+from torchrec_em3.sharding import ShardedModel
+
+__all__ = ["CheckedPipeline"]
+
+
+class CheckedPipeline(TrainPipelineBase[PendingBatch, Output]):
+    """TorchRec's pipeline, one batch ahead, with a look at the loss before backward, where the fused optimizers write.
+
+    What overlaps step i, on CUDA in the stream of copies: before its forward pass batch i + 1 is loaded and copied, its
+    distinct items are found, and the ranks begin to tell each other how many ids will come; before its backward pass
+    they begin to send them. TorchRec's TrainPipelineSparseDist does as much for modules that it finds by tracing the
+    model, and it cannot trace a content path that depends on data.
+
+    Every rank learns of a bad loss or of a request to stop on any rank in the same step.
+    """
+
+    def __init__(self, sharded: ShardedModel, ranks: Ranks) -> None:
+        super().__init__(sharded.module, sharded.optimizer, ranks.device)
+        self._sharded, self._ranks = sharded, ranks
+        self._next: PendingBatch | None = None
+        self.stop_requested = False
+        self.stop_agreed = False
+
+    def progress(self, dataloader_iter: Iterator[Batch]) -> Output:
+        """Train on the next batch, and take its result into the running average of the weights."""
+        output = super().progress(dataloader_iter)
+        self._sharded.average.update(self._sharded.model.step)
+        return output
+
+    def _next_batch(self, dataloader_iter: Iterator[Batch]) -> PendingBatch | None:
+        batch = super()._next_batch(dataloader_iter)
+        with self._stream_context(self._memcpy_stream):
+            self._next = None if batch is None else self._sharded.model.ask(batch.to(self._device, non_blocking=True))
+        return self._next
+
+    def _copy_batch_to_gpu(self, cur_batch: PendingBatch) -> None:
+        self._cur_batch = cur_batch  # `_next_batch` copied it, since its ids are sent from there
+
+    def _wait_for_batch(self, cur_batch: PendingBatch) -> None:
+        with self._stream_context(self._memcpy_stream):
+            cur_batch.receive()
+        super()._wait_for_batch(cur_batch)
+
+    def _backward(self, losses: Tensor) -> None:
+        if self._next is not None:
+            with self._stream_context(self._memcpy_stream):
+                self._next.send()
+        state = torch.stack(
+            [torch.isfinite(losses.detach()).float(), losses.new_tensor(float(not self.stop_requested))]
+        )
+        if self._ranks.world_size > 1:
+            dist.all_reduce(state, op=dist.ReduceOp.MIN)
+        finite, go_on = state.tolist()
+        self.stop_agreed = not go_on
+        if not finite:
+            raise NumericError(f"loss is {float(losses.detach())} on rank {self._ranks.rank}")
+        fault_point("backward")
+        losses.backward()  # type: ignore[no-untyped-call]
+        fault_point("optimizer")
