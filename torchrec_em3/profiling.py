@@ -48,6 +48,7 @@ MODEL_PARTS = (
     ("history projection", "content.history.forward"),
     ("content attention", "content.attention.forward"),
     ("content similarity", "content.similarity.forward"),
+    ("code features", "codes.forward"),
     ("content, rest", "content.forward"),
     ("alignment", "alignment.forward"),
     ("ranker", "ranker.forward"),
