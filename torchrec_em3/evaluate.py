@@ -148,10 +148,10 @@ def evaluate_split(
     return result
 
 
-def _columns(by_task: Mapping[str, Predictions]) -> dict[str, np.ndarray]:
+def _columns(by_task: Mapping[str, Predictions]) -> dict[str, Any]:
     """Return what is saved: `label` and `logit` are the main task's, the others' bear the task's name."""
     main = next(iter(by_task.values()))
-    columns = {"user": main.user, "item": main.item}
+    columns: dict[str, Any] = {"user": main.user, "item": main.item}
     for name in ("label", "logit"):
         values = [getattr(predictions, name) for predictions in by_task.values()]
         columns |= zip(task_columns(name, list(by_task)), values, strict=True)

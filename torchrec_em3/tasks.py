@@ -2,8 +2,8 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torchrec_em3.components.interfaces import Ranker
 from torchrec_em3.config import ModelConfig
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.parts import build_part
@@ -12,7 +12,7 @@ from torchrec_em3.registry import RANKERS, closest
 __all__ = ["build_ranker", "task_weights"]
 
 
-def build_ranker(options: ModelConfig, block_dims: Mapping[str, int], tasks: Sequence[str]) -> Ranker:
+def build_ranker(options: ModelConfig, block_dims: Mapping[str, int], tasks: Sequence[str]) -> Any:
     """Return the ranker that the options name, with one logit for each task.
 
     Args:
@@ -32,8 +32,7 @@ def build_ranker(options: ModelConfig, block_dims: Mapping[str, int], tasks: Seq
             "constructor a third argument `num_tasks` and return logits [B, num_tasks], or take another ranker"
         )
     more = [len(tasks)] if takes_tasks else []
-    ranker: Ranker = build_part(RANKERS, name, options.ranker_options, block_dims, *more)
-    return ranker
+    return build_part(RANKERS, name, options.ranker_options, block_dims, *more)
 
 
 def task_weights(weights: Mapping[str, float], tasks: Sequence[str]) -> dict[str, float]:

@@ -155,7 +155,7 @@ def _simulated(arguments: Sequence[str]) -> None:
         parser.add_class_arguments(SimulatedOptions, "catalogue")
 
     # Simulated clicks are labels already; a threshold on them would make every row negative.
-    fixed = {"label_threshold": None, "labels": {}, "negatives": 0, "negative_sampling": "popularity"}
+    fixed: dict[str, Any] = {"label_threshold": None, "labels": {}, "negatives": 0, "negative_sampling": "popularity"}
     values, options = _parse("simulated", arguments, extend, fixed=fixed)
     with tempfile.TemporaryDirectory() as folder:
         raw = simulate(values.catalogue, Path(folder))
