@@ -71,7 +71,7 @@ class EfficientNetEncoder:
 
     modality = "image"
     dim = EfficientNetLite0.dim
-    dtype = torch.float16
+    dtype = torch.float16  # of the rows at a cut
 
     def __init__(self, options: EfficientNetOptions = EfficientNetOptions()) -> None:
         """Load the weights and check their hash.

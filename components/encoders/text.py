@@ -69,7 +69,7 @@ class _TextEncoder:
     """Tokens of the last hidden layer; frozen, unless cut (see `components.interfaces.CuttableEncoder`)."""
 
     modality = "text"
-    dtype = torch.float16
+    dtype = torch.float16  # of the rows at a cut
 
     def __init__(self, name: str, model: str, revision: str, max_tokens: int, source: str) -> None:
         from transformers import AutoTokenizer

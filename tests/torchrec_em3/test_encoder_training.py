@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 import tests.tiny_encoders
 import tests.tiny_parts  # noqa: F401
+from tests.torchrec_em3.test_embed import write_as_new
 from torchrec_em3 import train as train_module
 from torchrec_em3.build import build_model, build_sharded, open_data
 from torchrec_em3.cli import run as em3
@@ -21,6 +22,7 @@ from torchrec_em3.commands.train import train
 from torchrec_em3.config import Config, EncodersConfig, EncoderTraining, LoaderConfig, ModelConfig, TrainConfig
 from torchrec_em3.datasets.loader import BatchStream
 from torchrec_em3.datasets.prepare import PrepareOptions, prepare
+from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.datasets.simulated import SimulatedOptions, simulate
 from torchrec_em3.errors import ConfigError, Preempted
 from torchrec_em3.parsing import resolve_parts
@@ -32,14 +34,15 @@ ENCODERS = "content.tokens.encoders."
 
 @pytest.fixture(scope="module")
 def cut_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts cut after layer 1 of 3, pictures not cut."""
+    """Texts cut after layer 1 of 3, pictures not cut; the items as if they were new are in `../new`."""
     folder = tmp_path_factory.mktemp("cut")
-    raw = simulate(SimulatedOptions(num_items=80, num_users=40, num_interactions=1200, seed=0), folder / "raw")
+    raw = simulate(SimulatedOptions(num_items=80, num_users=40, num_interactions=2000, seed=0), folder / "raw")
     options = PrepareOptions(
         text_encoder="tiny_deep_text", image_encoder="tiny_image", text_cut=1, label_threshold=None, token_dim=2
     )
     meta = prepare(raw, folder / "data", options)
     assert (meta["modalities"]["text"]["dim"], meta["modalities"]["image"]["dim"]) == (6, 2), "no reduction at a cut"
+    write_as_new(raw, PreparedData.open(folder / "data"), folder / "new")
     return folder / "data"
 
 
@@ -100,6 +103,9 @@ def test_a_run_is_resumed_exactly_with_its_adapters(
     kept = np.load(tmp_path / "calm" / "embeddings.npz")
     written = load_file(tmp_path / "calm" / "items" / "items.safetensors")
     np.testing.assert_allclose(written["content"][kept["item"] - 1], kept["content"], atol=1e-5)
+    assert em3(["embed", str(tmp_path / "calm"), "--new_items", str(cut_data.parent / "new")]) == 0
+    as_new = load_file(tmp_path / "calm" / "new_items" / "items.safetensors")
+    np.testing.assert_allclose(as_new["content"], written["content"], atol=1e-5)
 
 
 @pytest.mark.parametrize("training", ["lora", "last_n"])
