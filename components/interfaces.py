@@ -1,12 +1,13 @@
 """What each pluggable kind must offer. An implementation is any class with these methods, registered under a name.
 
 Shape letters: B rows, U unique target items, V unique history items, N history positions, K tasks, T tokens, D width
-of the model.
+of the model, P stored rows of an item at a cut, W width of such a row.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,6 +17,9 @@ from torchrec_em3.batch import ModalityTokens
 __all__ = [
     "AlignmentLoss",
     "ContentTower",
+    "CuttableEncoder",
+    "EncoderPrefix",
+    "EncoderSuffix",
     "HistoryContent",
     "HistoryItems",
     "ItemSource",
@@ -42,6 +46,55 @@ class TokenEncoder(Protocol):
 
     def encode(self, inputs: Sequence[str] | Sequence[Image]) -> tuple[Tensor, Tensor]:
         """Return tokens [n, max_tokens, dim] (float32, CPU, zero beyond the length) and lengths [n] (int64, >= 1)."""
+        ...
+
+
+class EncoderPrefix(TokenEncoder, Protocol):
+    """Layers of an encoder below a cut, frozen: `encode` returns what the layers above read, P rows [W] an item.
+
+    Attributes:
+        dtype: What the rows are and are stored as: float16 for hidden states (`encode` may return float32), an integer
+            type for raw inputs.
+    """
+
+    dtype: torch.dtype
+
+
+class EncoderSuffix(Protocol):
+    """Layers of an encoder above a cut; an `nn.Module` with weights of its own, always used in evaluation mode.
+
+    Attributes:
+        layers: These layers, the lowest first. Low-rank adapters go to their linear maps and 1 x 1 convolutions.
+    """
+
+    layers: nn.ModuleList
+
+    def __call__(self, rows_UPW: Tensor, valid_UP: Tensor) -> ModalityTokens:
+        """Return what `TokenEncoder.encode` would, max_tokens and dim alike, with gradients.
+
+        Args:
+            rows_UPW: What the prefix returned for U items, float32 or the prefix's integers; U >= 1.
+            valid_UP: False beyond an item's length; each item has a valid row.
+        """
+        ...
+
+
+class CuttableEncoder(TokenEncoder, Protocol):
+    """An encoder that may be cut after any of its layers, so that those above are trained; to offer this is optional.
+
+    Attributes:
+        layers: Number of layers, >= 1. At cut 0 raw inputs are stored, and what lies below the first layer belongs to
+            the suffix.
+    """
+
+    layers: int
+
+    def prefix(self, cut: int) -> EncoderPrefix:
+        """Return the first `cut` layers, 0 <= cut < layers."""
+        ...
+
+    def suffix(self, cut: int) -> EncoderSuffix:
+        """Return the other layers, as a copy."""
         ...
 
 

@@ -5,17 +5,13 @@ Row 0 is "unknown", as in a catalogue.
 
 import logging
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from torchrec_em3.components.encoders import image as _image  # noqa: F401  (registers its encoders)
-from torchrec_em3.components.encoders import text as _text  # noqa: F401
-from torchrec_em3.components.interfaces import TokenEncoder
+from torchrec_em3.datasets.encoder_record import rebuild_encoder
 from torchrec_em3.datasets.movielens_catalogue import read_catalogue
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.datasets.raw import RawItems
@@ -23,7 +19,6 @@ from torchrec_em3.datasets.tables import Layout, column_names, find_file, read_t
 from torchrec_em3.datasets.token_reduction import project_tokens
 from torchrec_em3.datasets.tokens import TokenStore, write_tokens
 from torchrec_em3.errors import ConfigError, DataError
-from torchrec_em3.registry import ENCODERS
 
 __all__ = ["encode_new_items", "read_new_items"]
 
@@ -84,13 +79,14 @@ def encode_new_items(items: RawItems, folder: Path, data: PreparedData, out: Pat
             "new items have no semantic codes; their content comes from %s", ", ".join(data.meta["modalities"])
         )
     # All encoders before any work, so that a wrong one costs none.
-    encoders = {name: _build_encoder(name, recorded) for name, recorded in sorted(data.meta["modalities"].items())}
+    encoders = {name: rebuild_encoder(name, recorded) for name, recorded in sorted(data.meta["modalities"].items())}
     inputs: dict[str, list[str | Path | None]] = {
         "text": items.text.tolist(),
         "image": [folder / name if name else None for name in items.image.tolist()],
     }
     for modality, encoder in encoders.items():
-        write_tokens(out / modality, encoder, [None, *inputs[modality]], batch_size)
+        cut = data.meta["modalities"][modality].get("cut")
+        write_tokens(out / modality, encoder, [None, *inputs[modality]], batch_size, cut)
         directions = data.tokens_folder / modality / "reduction.npy"
         if directions.is_file():
             project_tokens(out / modality, np.load(directions))
@@ -125,23 +121,3 @@ def _find_pictures(folder: Path) -> dict[str, str]:
             if path.suffix.lower() in PICTURE_SUFFIXES:
                 found.setdefault(path.stem, f"{name}/{path.name}")
     return found
-
-
-def _build_encoder(modality: str, recorded: Mapping[str, Any]) -> TokenEncoder:
-    """Return the encoder that made a folder's tokens; `recorded` is what its meta.json says of the modality."""
-    name, part = recorded["encoder"], ENCODERS.get(recorded["encoder"])
-    # Folders of before the options were recorded: a wrong guess shows below.
-    options = dict(recorded.get("options", {}))
-    source, _, commit = recorded["source"].rpartition("@")
-    if source and "revision" in part.options.__dataclass_fields__:
-        options["revision"] = commit
-    encoder: TokenEncoder = part.build(part.options(**options))
-    wanted = (recorded["source"], recorded.get("encoder_dim", recorded["dim"]), recorded["max_tokens"])
-    found = (encoder.source, encoder.dim, encoder.max_tokens)
-    if found != wanted:
-        says = "{0} with up to {2} tokens of width {1}".format
-        raise ConfigError(
-            f"{modality} encoder '{name}' is now {says(*found)}, but the data was prepared with {says(*wanted)}; "
-            "bring back those weights and options, or prepare the data and train again"
-        )
-    return encoder

@@ -16,8 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from torchrec_em3 import __version__
-from torchrec_em3.components.encoders import image as _image  # noqa: F401  (registers its encoders)
-from torchrec_em3.components.encoders import text as _text  # noqa: F401
+from torchrec_em3.components.encoders.cut import check_cut
 from torchrec_em3.components.interfaces import TokenEncoder
 from torchrec_em3.datasets import splits
 from torchrec_em3.datasets.checks import check_raw, check_task_names
@@ -74,8 +73,14 @@ class PrepareOptions:
     image_encoder_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the image encoder."""
 
+    text_cut: int | None = None
+    """Layers of the text encoder that run here; `em3 train` can train those above. 0 stores wordpieces; null: all."""
+
+    image_cut: int | None = None
+    """Blocks of the image encoder that run here; `em3 train` can train those above. 0 stores pixels; null: all."""
+
     token_dim: int = 128
-    """Width to which wider tokens are reduced, along their principal directions; 0 keeps the encoder's."""
+    """Width to which wider tokens are reduced, along their principal directions; 0 keeps all. Not at a cut."""
 
     encode_batch_size: int = 64
     """Items that an encoder reads at a time."""
@@ -193,7 +198,10 @@ def _build_encoders(options: PrepareOptions) -> dict[str, tuple[str, TokenEncode
     }
     encoders: dict[str, tuple[str, TokenEncoder]] = {}
     for modality, (name, values) in chosen.items():
+        cut = getattr(options, f"{modality}_cut")
         if name == NO_ENCODER:
+            if cut is not None:
+                raise ConfigError(f"--{modality}_cut is {cut}, but --{modality}_encoder is none; name an encoder")
             continue
         part = ENCODERS.get(name)
         known = list(part.options.__dataclass_fields__)
@@ -204,6 +212,8 @@ def _build_encoders(options: PrepareOptions) -> dict[str, tuple[str, TokenEncode
         encoder = part.build(part.options(**values))
         if encoder.modality != modality:
             raise ConfigError(f"encoder '{name}' encodes {encoder.modality}; choose it as {encoder.modality}_encoder")
+        if cut is not None:
+            check_cut(encoder, name, cut)
         encoders[modality] = (name, encoder)
     return encoders
 
@@ -267,14 +277,17 @@ def _write_tokens(
     for modality, (name, encoder) in encoders.items():
         values = items[modality].to_pylist()
         inputs = values if modality == "text" else [raw.image_root / value if value else None for value in values]
-        counts = write_tokens(folder / "tokens" / modality, encoder, inputs, batch_size=options.encode_batch_size)
+        tokens, cut = folder / "tokens" / modality, getattr(options, f"{modality}_cut")
+        counts = write_tokens(tokens, encoder, inputs, options.encode_batch_size, cut)
+        if cut is None:
+            _reduce(tokens, encoder.dim, counts.present, options)
+        else:
+            logger.info("%s: cut after layer %d; --token_dim does not apply", modality, cut)
         described[modality] = {
             "encoder": name,
             "options": asdict(ENCODERS.get(name).options(**getattr(options, f"{modality}_encoder_options"))),
-            "source": encoder.source,
-            "dim": _reduce(folder / "tokens" / modality, encoder.dim, counts.present, options),
             "encoder_dim": encoder.dim,
-            "max_tokens": encoder.max_tokens,
+            **json.loads((tokens / "meta.json").read_text(encoding="utf-8")),
             "present": counts.present,
             "missing": counts.missing,
             "broken": counts.broken,
@@ -283,14 +296,13 @@ def _write_tokens(
     return described
 
 
-def _reduce(folder: Path, encoder_dim: int, present: int, options: PrepareOptions) -> int:
-    """Reduce the tokens of a modality if they are wider than asked for; return their width."""
+def _reduce(folder: Path, encoder_dim: int, present: int, options: PrepareOptions) -> None:
+    """Reduce the tokens of a modality if they are wider than asked for."""
     dim = options.token_dim
     if dim == 0 or dim >= encoder_dim or present == 0:
-        return encoder_dim
+        return
     kept = reduce_tokens(folder, dim, options.seed)
     logger.info("%s: tokens reduced from %d to %d, %.0f%% of them kept", folder.name, encoder_dim, dim, 100 * kept)
-    return dim
 
 
 def _describe(

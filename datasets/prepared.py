@@ -227,7 +227,8 @@ class PreparedData:
             raise DataError(f"{folder}: {events} events, but meta.json says {rows} interactions; run em3 prepare again")
         for name, modality in self.meta["modalities"].items():
             tokens = self.tokens_folder / name
-            _load_array(tokens / "tokens.npy", np.float16, (self.item_rows, modality["max_tokens"], modality["dim"]))
+            shape = (self.item_rows, modality["max_tokens"], modality["dim"])
+            _load_array(tokens / "tokens.npy", modality.get("dtype", "float16"), shape)
             _load_array(tokens / "lengths.npy", np.int32, (self.item_rows,))
             _load_array(tokens / "present.npy", np.bool_, (self.item_rows,))
         for name, spec in self.meta.get("codes", {}).items():

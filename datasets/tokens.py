@@ -1,4 +1,6 @@
-"""Token store: the frozen encoders' outputs of a whole catalogue, written once, read by catalogue row during training.
+"""Token store: what frozen encoders make of a whole catalogue, written once, read by catalogue row during training.
+
+That is their output, or the rows at which they were cut (see `components.interfaces.CuttableEncoder`).
 
 Shape letters: N catalogue rows, U rows asked for, n rows of a chunk, T tokens of an item at most, D width of a token.
 """
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.interfaces import TokenEncoder
+from torchrec_em3.datasets.encoder_record import stored_form
 from torchrec_em3.datasets.images import ImageTally, load_image
 from torchrec_em3.errors import ConfigError, DataError
 from torchrec_em3.registry import ENCODERS
@@ -52,26 +55,29 @@ class TokenSummary:
 class _Writer:
     """The arrays of one modality on disk, and what could not be encoded."""
 
-    def __init__(self, folder: Path, rows: int, encoder: TokenEncoder) -> None:
+    def __init__(self, folder: Path, rows: int, encoder: TokenEncoder, cut: int | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        shape = (rows, encoder.max_tokens, encoder.dim)
+        form = stored_form(encoder, _name(encoder), cut)
+        shape = (rows, form.encoder.max_tokens, form.encoder.dim)
         # A new file reads as zeros without taking space, so rows that are never written need nothing.
-        self.tokens_NTD = open_memmap(folder / "tokens.npy", mode="w+", dtype=np.float16, shape=shape)
+        self.tokens_NTD = open_memmap(
+            folder / "tokens.npy", mode="w+", dtype=torch.empty(0, dtype=form.dtype).numpy().dtype, shape=shape
+        )
         self.lengths_N = np.zeros(rows, dtype=np.int32)
         self.present_N = np.zeros(rows, dtype=np.bool_)
         self.not_finite = 0
-        self.folder, self.encoder = folder, encoder
+        self.folder, self.encoder, self.form = folder, encoder, form
 
     def add(self, rows: Sequence[int], inputs: Sequence[Any]) -> None:
         """Encode `inputs` into `rows`; an output that fp16 cannot hold is left out and counted."""
-        tokens, lengths = self.encoder.encode(inputs)
+        tokens, lengths = self.form.encoder.encode(inputs)
         expected = (len(inputs), *self.tokens_NTD.shape[1:])
         if tuple(tokens.shape) != expected or tuple(lengths.shape) != expected[:1]:
             raise ConfigError(
                 f"encoder {_name(self.encoder)} returned tokens {tuple(tokens.shape)} and lengths "
                 f"{tuple(lengths.shape)} instead of {expected} and {expected[:1]}; correct its dim and max_tokens"
             )
-        tokens_nTD = tokens.to(torch.float16)
+        tokens_nTD = tokens.to(self.form.dtype)
         finite_n = tokens_nTD.isfinite().flatten(1).all(1).numpy()
         kept = np.asarray(rows)[finite_n]
         self.tokens_NTD[kept] = tokens_nTD.numpy()[finite_n]
@@ -84,12 +90,7 @@ class _Writer:
         self.tokens_NTD.flush()
         np.save(self.folder / "lengths.npy", self.lengths_N)
         np.save(self.folder / "present.npy", self.present_N)
-        meta = {
-            "encoder": _name(self.encoder),
-            "source": self.encoder.source,
-            "dim": self.encoder.dim,
-            "max_tokens": self.encoder.max_tokens,
-        }
+        meta = {"encoder": _name(self.encoder), "source": self.encoder.source, **self.form.record}
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
@@ -111,7 +112,11 @@ def _read(value: str | Path | None, modality: str, tally: ImageTally) -> Any:
 
 
 def write_tokens(
-    folder: Path, encoder: TokenEncoder, inputs: Sequence[str | Path | None], batch_size: int = 64
+    folder: Path,
+    encoder: TokenEncoder,
+    inputs: Sequence[str | Path | None],
+    batch_size: int = 64,
+    cut: int | None = None,
 ) -> TokenSummary:
     """Encode a catalogue into `folder` batch by batch; the whole store is never in memory.
 
@@ -122,19 +127,20 @@ def write_tokens(
         encoder: Frozen encoder; its `modality` says whether inputs are texts or picture files.
         inputs: One a catalogue row; None or "" where there is none. Row 0 is "unknown" and must have none.
         batch_size: Items a batch, >= 1.
+        cut: Store what layer `cut` hands to the next one, 0 for raw inputs; None stores the encoder's output.
 
     Returns:
         Counts of items, row 0 left out.
 
     Raises:
-        ConfigError: If the encoder returns another shape than it announced.
+        ConfigError: If the encoder cannot be cut there, or returns another shape than it announced.
         DataError: If row 0 has an input.
     """
     if len(inputs) and inputs[0]:
         raise DataError(
             f"row 0 of the catalogue is 'unknown' but has {encoder.modality} {inputs[0]!r}; start items at row 1"
         )
-    writer = _Writer(folder, len(inputs), encoder)
+    writer = _Writer(folder, len(inputs), encoder, cut)
     tally = ImageTally()
     with tqdm(total=len(inputs), desc=f"encode {encoder.modality}", unit="item", disable=None) as bar:
         for start in range(0, len(inputs), batch_size):
@@ -174,23 +180,26 @@ class _Modality:
             lengths = np.load(folder / "lengths.npy", allow_pickle=False)
             present = np.load(folder / "present.npy", allow_pickle=False)
             announced = (len(lengths), meta["max_tokens"], meta["dim"])
+            dtype = meta.get("dtype", "float16")
         except (OSError, ValueError, KeyError, EOFError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"token store {folder} cannot be read ({reason}); run em3 prepare again") from error
-        if tokens.dtype != np.float16 or tokens.shape != announced or present.shape != lengths.shape:
+        if tokens.dtype != dtype or tokens.shape != announced or present.shape != lengths.shape:
             raise DataError(
-                f"token store {folder}: tokens are {tokens.dtype} {tokens.shape}, lengths and meta.json say float16 "
+                f"token store {folder}: tokens are {tokens.dtype} {tokens.shape}, lengths and meta.json say {dtype} "
                 f"{announced}; run em3 prepare again"
             )
         self.tokens_NTD = torch.from_numpy(tokens)
         self.lengths_N = torch.from_numpy(np.where(present, lengths, 0).astype(np.int64))
 
     def gather(self, items_U: Tensor, device: torch.device) -> ModalityTokens:
-        """Return the rows `items_U` (CPU, in range) on `device`, widened there."""
+        """Return the rows `items_U` (CPU, in range) on `device`, widened there; integers stay what they are."""
         _, count, dim = self.tokens_NTD.shape
         valid_UT = torch.arange(count) < self.lengths_N[items_U, None]
-        if device.type != "cpu":
-            return ModalityTokens(self.tokens_NTD.index_select(0, items_U).to(device).float(), valid_UT.to(device))
+        if device.type != "cpu" or not self.tokens_NTD.is_floating_point():
+            rows_UTD = self.tokens_NTD.index_select(0, items_U).to(device)
+            rows_UTD = rows_UTD.float() if rows_UTD.is_floating_point() else rows_UTD
+            return ModalityTokens(rows_UTD, valid_UT.to(device))
         tokens_UTD = torch.empty(len(items_U), count, dim)
         for target_nTD, items_n in zip(
             torch.split(tokens_UTD, GATHER_ROWS), torch.split(items_U, GATHER_ROWS), strict=True
@@ -246,7 +255,8 @@ class TokenStore:
             device: Where the result goes; None: where `items_U` is.
 
         Returns:
-            By modality: tokens [U, T, D], float32, and valid [U, T], true at the item's own tokens.
+            By modality: tokens [U, T, D], float32 (raw inputs: the integers that are stored), and valid [U, T], true at
+            the item's own tokens.
 
         Raises:
             DataError: If a row is outside the catalogue.

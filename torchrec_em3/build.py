@@ -1,5 +1,6 @@
 """From a config to data, model and sharded model: the steps that training, evaluation and planning share."""
 
+import dataclasses
 from pathlib import Path
 
 import psutil
@@ -9,6 +10,7 @@ from torchrec_em3.config import Config
 from torchrec_em3.datasets.codes import CodeStore
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.datasets.tokens import TokenStore
+from torchrec_em3.encoder_suffixes import build_suffixes, check_bfloat16
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.model import EM3Model
 from torchrec_em3.process_group import Ranks
@@ -43,14 +45,27 @@ def open_data(config: Config) -> PreparedData:
 
 
 def build_model(config: Config, data: PreparedData) -> EM3Model:
-    """Return the model with its tables on meta and its dense parameters initialised from the seed."""
+    """Return the model with its tables on meta and its dense parameters initialised from the seed.
+
+    Raises:
+        ConfigError: If more of an encoder shall be trained than lies above the cut of its tokens.
+    """
     torch.manual_seed(config.seed)
-    store = TokenStore(data.tokens_folder) if config.uses_content else None
-    return EM3Model(FeatureSchema.from_meta(data.meta), config, store, codes=CodeStore(data.codes_folder))
+    schema, codes = FeatureSchema.from_meta(data.meta), CodeStore(data.codes_folder)
+    if not config.uses_content:
+        return EM3Model(schema, config, None, codes=codes)
+    # All else starts at the same values, whatever is trained of the encoders.
+    with torch.random.fork_rng(devices=[]):
+        encoders = build_suffixes(config.model.encoders, data.meta["modalities"], config.data)
+    if encoders is not None:
+        read = tuple(encoders.outputs.get(modality.name, modality) for modality in schema.modalities)
+        schema = dataclasses.replace(schema, modalities=read)
+    return EM3Model(schema, config, TokenStore(data.tokens_folder), codes=codes, encoders=encoders)
 
 
 def build_sharded(config: Config, data: PreparedData, ranks: Ranks) -> ShardedModel:
     """Return the model sharded over the ranks there are, planned for the memory that they have. Collective."""
+    check_bfloat16(config.model.encoders, ranks.device)
     return shard(build_model(config, data), config, ranks, this_cluster(ranks))
 
 

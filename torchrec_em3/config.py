@@ -5,7 +5,17 @@ from typing import Any, Literal
 
 from torchrec_em3.errors import ConfigError
 
-__all__ = ["NONE", "Config", "EmbeddingConfig", "LoaderConfig", "ModelConfig", "TableConfig", "TrainConfig"]
+__all__ = [
+    "NONE",
+    "Config",
+    "EmbeddingConfig",
+    "EncoderTraining",
+    "EncodersConfig",
+    "LoaderConfig",
+    "ModelConfig",
+    "TableConfig",
+    "TrainConfig",
+]
 
 NONE = "none"
 """Name that switches a pluggable part off."""
@@ -35,6 +45,37 @@ class LoaderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncoderTraining:
+    """What is trained of one encoder's layers above the cut at which `em3 prepare` stored its tokens."""
+
+    training: Literal["frozen", "lora", "last_n", "full"] = "frozen"
+    """frozen, lora (low-rank adapters), last_n (the upper layers), or full (everything; needs a cut at 0)."""
+    layers: int = 0
+    """Layers that lora and last_n train, from the top; 0 for all above the cut."""
+    rank: int = 8
+    """Rank of the adapters."""
+    alpha: int = 16
+    """Weight of the adapters: each is multiplied by alpha / rank."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        _at_least("model.encoders: layers", self.layers, 0)
+        _at_least("model.encoders: rank", self.rank, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodersConfig:
+    """The encoders' layers above the cuts of the token store."""
+
+    text: EncoderTraining = field(default_factory=EncoderTraining)
+    """Training of the text encoder."""
+    image: EncoderTraining = field(default_factory=EncoderTraining)
+    """Training of the image encoder."""
+    bfloat16: bool = False
+    """Run these layers under autocast to bfloat16; needs CUDA, or a CPU with AVX512_BF16 or AMX."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The model graph: which part stands where, and its width."""
 
@@ -57,6 +98,8 @@ class ModelConfig:
     codes: Literal["content", "features", "none"] = "content"
     """Where semantic codes go, if the data has any: to the content tower as modalities, to the ranker as ID features
     of target and history beside whatever content there is, or nowhere."""
+    encoders: EncodersConfig = field(default_factory=EncodersConfig)
+    """Training of the encoders, where `em3 prepare` has cut them."""
     history: str = "cache"
     """Registered history content, or none to leave content out of the history."""
     history_options: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +108,8 @@ class ModelConfig:
     """How the cosines of the target's and the history items' content become one more block; none leaves them out."""
     encode_fraction: float = 1.0
     """Share of the distinct targets that a training step encodes; the others' content comes from the bank."""
+    stop_gradient: bool = False
+    """Keep the ranking loss from tower and encoders, which the alignment loss then trains alone; an ablation."""
     alignment: str = "global"
     """Registered Content-ID-Contrastive loss."""
     alignment_options: dict[str, Any] = field(default_factory=dict)
@@ -87,6 +132,13 @@ class ModelConfig:
         _at_least("model.alignment_weight", self.alignment_weight, 0.0)
         if not 0.0 < self.encode_fraction <= 1.0:
             raise ConfigError(f"--model.encode_fraction is {self.encode_fraction}, must be in (0, 1]")
+        if self.stop_gradient and (self.alignment_weight == 0 or self.history == "shared"):
+            raise ConfigError(
+                "--model.stop_gradient with --model.alignment_weight 0 leaves the tower untrained"
+                if self.alignment_weight == 0
+                else "--model.stop_gradient with --model.history shared: the ranking loss trains the tower from the "
+                "history; use cache"
+            )
         if not 0.0 <= self.unknown_id_rate < 1.0:
             raise ConfigError(f"--model.unknown_id_rate is {self.unknown_id_rate}, must be in [0, 1)")
 
@@ -139,6 +191,8 @@ class TrainConfig:
     """Largest number of passes over the training rows."""
     learning_rate: float = 1e-3
     """Learning rate of the dense parameters (Adam)."""
+    encoder_learning_rate: float = 1e-4
+    """Learning rate of what is trained of the encoders (Adam)."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the dense parameters."""
     compile_ranker: bool = False
@@ -164,7 +218,9 @@ class TrainConfig:
         """Check the limits."""
         for name in ("epochs", "patience", "log_every", "keep_checkpoints"):
             _at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("evaluate_every", "checkpoint_every", "learning_rate", "weight_decay", "step_timeout"):
+        for name in ("evaluate_every", "checkpoint_every", "weight_decay", "step_timeout"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+        for name in ("learning_rate", "encoder_learning_rate"):
             _at_least(f"train.{name}", getattr(self, name), 0)
         if not 0.0 <= self.average_decay < 1.0:
             raise ConfigError(f"--train.average_decay is {self.average_decay}, must be in [0, 1)")

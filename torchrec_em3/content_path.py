@@ -14,11 +14,13 @@ from torch.nn import functional
 
 from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.content_bank import NEVER, ContentBank
+from torchrec_em3.components.gradient_stop import stop_gradient
 from torchrec_em3.components.histories.shared import any_token
 from torchrec_em3.components.interest import target_attention
 from torchrec_em3.components.interfaces import output_width
 from torchrec_em3.components.similarity import ContentSimilarity
 from torchrec_em3.config import NONE, ModelConfig
+from torchrec_em3.encoder_suffixes import EncoderSuffixes
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.item_tokens import CodeSource, ItemTokens, TokenSource
 from torchrec_em3.parts import build_part
@@ -107,6 +109,7 @@ class ContentPath(nn.Module):
         store: TokenSource,
         device: torch.device,
         codes: CodeSource | None = None,
+        encoders: EncoderSuffixes | None = None,
     ) -> None:
         """Build the path over the modalities of `schema`; the bank is created on `device`.
 
@@ -117,9 +120,10 @@ class ContentPath(nn.Module):
         super().__init__()
         width = config.embedding_dim
         specs = schema.codes if config.codes == "content" else ()
-        tokens = ItemTokens(schema.modalities, specs, store, codes, width)
+        tokens = ItemTokens(schema.modalities, specs, store, codes, width, encoders)
         self.tokens: nn.Module = tokens
         self._encode_fraction = config.encode_fraction
+        self._stop_gradient = config.stop_gradient
         self.tower = build_part(
             TOWERS,
             config.content,
@@ -167,16 +171,20 @@ class ContentPath(nn.Module):
         bank = self._read_bank(items)
         raw_UD, encoded_U, metrics = self._encode_targets(items, bank, step)
         target_UD = self.projection(raw_UD)
-        content_BD = target_UD[items.row_B]
+        content_BD = self._for_ranker(target_UD)[items.row_B]
         blocks = {"content": content_BD}
         if self.history is not None:
             source = _HistorySource(items.history_V, bank, self.tokens)
             history = self.history(source, self.tower, self.projection)
             blocks["content_interest"] = self.attention(content_BD, history, items.row_N, items.lengths_B)
             if self.similarity is not None:
-                raw_BD = raw_UD[items.row_B]
+                raw_BD = self._for_ranker(raw_UD)[items.row_B]
                 blocks["content_similarity"] = self.similarity(raw_BD, history, items.row_N, items.lengths_B)
         return Content(blocks, target_UD, encoded_U, metrics)
+
+    def _for_ranker(self, content_UD: Tensor) -> Tensor:
+        """Return the content as the ranker gets it: without a way back to the tower under `stop_gradient`."""
+        return stop_gradient(content_UD) if self._stop_gradient else content_UD
 
     def _read_bank(self, items: DistinctItems) -> _BankRows | None:
         """Read the rows of history and target items in one exchange."""

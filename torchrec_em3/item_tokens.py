@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchrec_em3.batch import ItemCodes, ModalityTokens
 from torchrec_em3.components.code_embedding import CodeEmbedding
+from torchrec_em3.encoder_suffixes import EncoderSuffixes
 from torchrec_em3.schema import CodeSpec, ModalitySpec
 
 __all__ = ["CodeSource", "ItemTokens", "TokenSource"]
@@ -47,17 +48,20 @@ class ItemTokens(nn.Module):
         store: TokenSource,
         codes: CodeSource | None,
         width: int,
+        encoders: EncoderSuffixes | None = None,
     ) -> None:
         """Create the embeddings of the codes.
 
         Args:
-            modalities: What `store` holds.
+            modalities: What `store` holds, or what `encoders` make of it.
             specs: The codes to use, all of them in `codes`; none leaves codes alone.
             store: Encoder outputs of the catalogue.
             codes: Codes of the catalogue; may be None where there are none to use, or nothing is ever read.
             width: Width of an embedding.
+            encoders: The encoders' layers above the cuts of `store`; None if it holds tokens.
         """
         super().__init__()
+        self.encoders = encoders
         self._store, self._codes, self._specs = store, codes, tuple(specs)
         self.embeddings = nn.ModuleDict(
             {spec.name: CodeEmbedding(spec.levels, spec.codes_per_level, width) for spec in specs}
@@ -74,6 +78,8 @@ class ItemTokens(nn.Module):
             store: Encoder outputs of items that are not of the catalogue, which have no codes; None for the catalogue.
         """
         tokens = (self._store if store is None else store).fetch(item_U, item_U.device)
+        if self.encoders is not None:
+            tokens = self.encoders(tokens)
         if self._specs:
             codes = self._fetch(item_U) if store is None else self._absent(item_U)
             tokens |= {name: embedding(codes[name]) for name, embedding in self.embeddings.items()}

@@ -21,6 +21,7 @@ from torchrec_em3.components.interfaces import HistoryItems
 from torchrec_em3.components.similarity import ContentSimilarity
 from torchrec_em3.config import Config
 from torchrec_em3.content_path import Content, ContentPath, DistinctItems
+from torchrec_em3.encoder_suffixes import EncoderSuffixes
 from torchrec_em3.item_tokens import CodeSource, TokenSource
 from torchrec_em3.parts import build_part
 from torchrec_em3.pending_batch import PendingBatch
@@ -59,15 +60,17 @@ class EM3Model(nn.Module):
         store: TokenSource | None,
         device: torch.device | None = None,
         codes: CodeSource | None = None,
+        encoders: EncoderSuffixes | None = None,
     ) -> None:
         """Build the graph.
 
         Args:
-            schema: Tables, catalogue, modalities and codes.
+            schema: Tables, catalogue, codes and modalities, these as the tower reads them.
             config: The run's options; only `config.model` and the precision of the tables are read.
             store: Tokens of the catalogue; may be None for an ID-only model.
             device: Where tables and bank are created; meta (default) leaves their memory to the sharding.
             codes: Semantic codes of the catalogue; may be None where none are used, or for a model that is never run.
+            encoders: What turns the store's rows into tokens; None if the store holds tokens.
         """
         super().__init__()
         device = device if device is not None else torch.device("meta")
@@ -86,7 +89,7 @@ class EM3Model(nn.Module):
         block_dims = {_user_block(name): width for name in self.users.names} | {"target": width, "interest": width}
         if config.uses_content:
             assert store is not None, "a model with content needs a token store"
-            self.content = ContentPath(schema, options, store, device, codes)
+            self.content = ContentPath(schema, options, store, device, codes, encoders)
             block_dims["content"] = width
             if self.content.history is not None:
                 block_dims["content_interest"] = width

@@ -41,6 +41,7 @@ MODEL_PARTS = (
     ("ID lookup", "items.answer"),
     ("ID attention", "attention.forward"),
     ("token fetch", "content.tokens.forward"),
+    ("encoders", "content.tokens.encoders.forward"),
     ("tower", "content.tower.forward"),
     ("tower", "content.projection.forward"),
     ("bank read", "content.bank.read"),

@@ -5,11 +5,12 @@ Only this module knows DistributedModelParallel; one process is a world of one a
 
 import os
 import shutil
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.optim.apply_optimizer_in_backward import (
     _apply_optimizer_in_backward as apply_optimizer_in_backward,
 )
@@ -35,7 +36,8 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_em3.components.embeddings import ItemEmbedding, UserEmbedding
-from torchrec_em3.config import Config, EmbeddingConfig, TableConfig
+from torchrec_em3.config import Config, EmbeddingConfig, TableConfig, TrainConfig
+from torchrec_em3.encoder_suffixes import EncoderSuffixes
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.model import EM3Model
 from torchrec_em3.parsing import parse_options
@@ -239,15 +241,37 @@ def shard(model: EM3Model, config: Config, ranks: Ranks, cluster: Cluster) -> Sh
     )
     if config.train.compile_ranker:
         _compile_ranker(model, ranks.device)
-    dense_parameters = dict(in_backward_optimizer_filter(module.named_parameters()))
+    encoders = [part for part in model.modules() if isinstance(part, EncoderSuffixes)]
+    # What is frozen of an encoder needs neither an optimizer nor an average.
+    trained = {id(weight): weight.requires_grad for part in encoders for weight in part.parameters()}
+    dense_parameters = {
+        name: parameter
+        for name, parameter in in_backward_optimizer_filter(module.named_parameters())
+        if trained.get(id(parameter), True)
+    }
     dense = KeyedOptimizerWrapper(
         dense_parameters,
         lambda parameters: torch.optim.AdamW(
-            parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
+            _groups(parameters, trained, config.train),
+            lr=config.train.learning_rate,
+            weight_decay=config.train.weight_decay,
+            fused=True,
         ),
     )
     optimizer = CombinedOptimizer([("tables", module.fused_optimizer), ("dense", dense)])
     return ShardedModel(module, optimizer, report, WeightAverage(dense_parameters, config.train.average_decay))
+
+
+def _groups(parameters: list[Tensor], encoder_ids: Container[int], options: TrainConfig) -> list[dict[str, Any]]:
+    """Part the dense parameters by their learning rate."""
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in parameters if id(parameter) not in encoder_ids]},
+        {
+            "params": [parameter for parameter in parameters if id(parameter) in encoder_ids],
+            "lr": options.encoder_learning_rate,
+        },
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _compile_ranker(model: EM3Model, device: torch.device) -> None:

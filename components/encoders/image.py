@@ -1,8 +1,9 @@
-"""Frozen image encoders: one token per patch, read once per item.
+"""Image encoders: one token per patch, read once per item, or up to a cut.
 
 Shape letters: n pictures, C channels, H and W pixels, T tokens, D width of a token.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchrec_em3.components.encoders.efficientnet import EfficientNetLite0, rename_state
+from torchrec_em3.components.encoders.image_cut import ImageSuffix, Pixels, lower_blocks, normalise
 from torchrec_em3.components.encoders.loading import check_weights, load_pretrained, package_module
+from torchrec_em3.components.interfaces import EncoderPrefix
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.registry import ENCODERS
 
@@ -68,6 +71,7 @@ class EfficientNetEncoder:
 
     modality = "image"
     dim = EfficientNetLite0.dim
+    dtype = torch.float16  # of the rows at a cut
 
     def __init__(self, options: EfficientNetOptions = EfficientNetOptions()) -> None:
         """Load the weights and check their hash.
@@ -83,6 +87,21 @@ class EfficientNetEncoder:
         self._model = EfficientNetLite0()
         self._model.load_state_dict(rename_state(torch.load(path, weights_only=True, map_location="cpu")))
         self._model.eval().requires_grad_(False)
+        self.layers = len(self._model.blocks)
+
+    def prefix(self, cut: int) -> EncoderPrefix:
+        """Return what reads pictures up to block `cut`, or to their resized pixels."""
+        if cut == 0:
+            return Pixels(lambda images: _resized(images, self._size), self._size)
+        part = copy.copy(self)
+        part._model = lower_blocks(self._model, cut)
+        with torch.inference_mode():
+            _, part.max_tokens, part.dim = part._model(torch.zeros(1, 3, self._size, self._size)).shape
+        return part
+
+    def suffix(self, cut: int) -> ImageSuffix:
+        """Return the blocks above `cut`, with the stem if it is 0."""
+        return ImageSuffix(self._model, cut)
 
     def encode(self, inputs: Sequence[str] | Sequence[Image]) -> tuple[Tensor, Tensor]:
         """Encode pictures of any size; they are squeezed to a square, so that nothing of a poster is cut off.
@@ -104,9 +123,13 @@ class EfficientNetEncoder:
 
 def _pixels(images: Sequence[Image], size: int) -> Tensor:
     """Return pixels [n, 3, size, size] as EfficientNet-lite expects them."""
+    return normalise(_resized(images, size))
+
+
+def _resized(images: Sequence[Image], size: int) -> Tensor:
+    """Return RGB bytes [n, size, size, 3]."""
     resized = [image.convert("RGB").resize((size, size), Resampling.BICUBIC) for image in images]
-    pixels_nHWC = torch.from_numpy(np.stack([np.asarray(image) for image in resized]))
-    return (pixels_nHWC.permute(0, 3, 1, 2).float() - 127.0) / 128.0
+    return torch.from_numpy(np.stack([np.asarray(image) for image in resized]))
 
 
 @ENCODERS.register("hf_image", options=HFImageOptions)

@@ -1,9 +1,10 @@
-"""Frozen text encoders: one token per wordpiece, read once per item.
+"""Text encoders: one token per wordpiece, read once per item, or up to a cut.
 
 The image and the text encoder that come with the project were not trained together; the content tower aligns them.
 Shape letters: n texts, T tokens, D width of a token, S tokens of the longest text of a chunk.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from torchrec_em3.components.encoders.loading import check_weights, load_pretrained, package_module
+from torchrec_em3.components.encoders.text_cut import TextSuffix, TokenIds, count_layers, keep_layers
+from torchrec_em3.components.interfaces import EncoderPrefix
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.registry import ENCODERS
 
@@ -63,9 +66,10 @@ class HFTextOptions:
 
 
 class _TextEncoder:
-    """Tokens of the last hidden layer; frozen."""
+    """Tokens of the last hidden layer; frozen, unless cut (see `components.interfaces.CuttableEncoder`)."""
 
     modality = "text"
+    dtype = torch.float16  # of the rows at a cut
 
     def __init__(self, name: str, model: str, revision: str, max_tokens: int, source: str) -> None:
         from transformers import AutoTokenizer
@@ -80,7 +84,27 @@ class _TextEncoder:
         limit = getattr(self._model.config, "max_position_embeddings", None) or max_tokens
         if max_tokens > limit:
             raise ConfigError(f"option max_tokens of encoder '{name}' is {max_tokens}, {model} reads at most {limit}")
+        self.layers = count_layers(self._model)
         self.dim = int(self._hidden([[self._tokenizer.pad_token_id or 0]])[0].shape[-1])
+
+    def prefix(self, cut: int) -> EncoderPrefix:
+        """Return what reads texts up to layer `cut`, or to their wordpieces."""
+        if cut == 0:
+            return TokenIds(self._ids, self._tokenizer.pad_token_id or 0, self.max_tokens)
+        part = copy.copy(self)
+        part._model = keep_layers(self._model, slice(0, cut))
+        return part
+
+    def suffix(self, cut: int) -> TextSuffix:
+        """Return the layers above `cut`, with the embeddings if it is 0."""
+        return TextSuffix(self._model, cut)
+
+    def _ids(self, inputs: Sequence[str]) -> list[list[int]]:
+        """Return the ids of the wordpieces of each text, at least one."""
+        texts = [_clean(str(text)[: CHARACTERS_PER_TOKEN * self.max_tokens]) for text in inputs]
+        ids = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"] if texts else []
+        # Some tokenizers add no special tokens: an empty text must still have one position.
+        return [row or [self._tokenizer.pad_token_id or 0] for row in ids]
 
     def _hidden(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Return hidden states [n, S, D], zero where a text has ended, and the lengths [n]."""
@@ -100,14 +124,11 @@ class _TextEncoder:
         Returns:
             Tokens [n, max_tokens, dim], float32 on the CPU, zero beyond the length; lengths [n], int64, at least 1.
         """
-        texts = [_clean(str(text)[: CHARACTERS_PER_TOKEN * self.max_tokens]) for text in inputs]
-        tokens_nTD = torch.zeros(len(texts), self.max_tokens, self.dim)
-        lengths_n = torch.zeros(len(texts), dtype=torch.int64)
-        if not texts:
+        ids = self._ids([str(text) for text in inputs])
+        tokens_nTD = torch.zeros(len(ids), self.max_tokens, self.dim)
+        lengths_n = torch.zeros(len(ids), dtype=torch.int64)
+        if not ids:
             return tokens_nTD, lengths_n
-        ids = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
-        # Some tokenizers add no special tokens: an empty text must still have one position.
-        ids = [row or [self._tokenizer.pad_token_id or 0] for row in ids]
         by_length = torch.tensor([len(row) for row in ids]).argsort(stable=True)
         for chunk in torch.split(by_length, CHUNK):
             hidden_nSD, lengths_n[chunk] = self._hidden([ids[row] for row in chunk.tolist()])

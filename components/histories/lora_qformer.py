@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.histories.shared import any_token
 from torchrec_em3.components.interfaces import HistoryItems, ItemSource
 from torchrec_em3.errors import ConfigError
@@ -85,8 +84,9 @@ class LoraTowerHistory(nn.Module):
             projection: The target branch's map from the tower's output; only read.
         """
         self._synchronise(tower)
-        # Embeddings of codes are weights of the target branch, which is not trained from here.
-        tokens = {name: ModalityTokens(rows.detach(), valid) for name, (rows, valid) in source.tokens().items()}
+        # Embeddings of codes and trained encoders are weights of the target branch, which is not trained from here.
+        with torch.no_grad():
+            tokens = source.tokens()
         bias_D = None if projection.bias is None else projection.bias.detach()
         return HistoryItems(self.tower(tokens), any_token(tokens), projection.weight.detach(), bias_D)
 

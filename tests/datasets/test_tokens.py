@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from tests.tiny_encoders import TinyDeepEncoder
 from torchrec_em3.datasets.tokens import TokenStore, TokenSummary, write_tokens
 from torchrec_em3.errors import ConfigError, DataError
 from torchrec_em3.registry import ENCODERS, NoOptions
@@ -225,3 +226,26 @@ def test_the_present_flag_rules_over_the_length(tmp_path: Path) -> None:
     np.save(tmp_path / "text" / "present.npy", np.array([False, True, False]))
     valid = TokenStore(tmp_path).fetch(torch.arange(3))["text"].valid_UT
     assert valid.sum(1).tolist() == [0, 3, 0]
+
+
+@pytest.mark.parametrize("cut", [0, 2])
+def test_a_store_at_a_cut_holds_what_the_layers_above_read(tmp_path: Path, cut: int) -> None:
+    encoder = TinyDeepEncoder()
+    write_tokens(tmp_path / "text", encoder, ["", "a cat", "", "the dog sleeps"], cut=cut)
+    meta = json.loads((tmp_path / "text" / "meta.json").read_text(encoding="utf-8"))
+    assert meta == {
+        "encoder": "tiny_deep_text", "source": "tiny_deep", "dim": 6 if cut else 1, "max_tokens": 4,
+        "dtype": "float16" if cut else "int32", "cut": cut, "layers": 3, "encoder_dim": 6, "encoder_tokens": 4,
+    }  # fmt: skip
+    rows, valid = TokenStore(tmp_path).fetch(torch.tensor([3, 2, 1]))["text"]
+    assert rows.dtype == (torch.float32 if cut else torch.int32)
+    assert valid.sum(1).tolist() == [3, 0, 2]
+    expected, _ = encoder.prefix(cut).encode(["the dog sleeps", "a cat"])
+    torch.testing.assert_close(rows[[0, 2]], expected.half().float() if cut else expected, rtol=0, atol=0)
+
+
+def test_a_store_of_another_type_than_it_says_is_refused(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "text", TinyDeepEncoder(), ["", "a cat"], cut=0)
+    np.save(tmp_path / "text" / "tokens.npy", np.zeros((2, 4, 1), dtype=np.float16))
+    with pytest.raises(DataError, match=r"tokens are float16 .* say int32"):
+        TokenStore(tmp_path)
