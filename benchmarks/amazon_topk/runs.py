@@ -73,7 +73,7 @@ def run(
     """
     if bool(data) == bool(inter):
         raise ConfigError("give either --data or --inter")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    _show_progress()
     folder = Path(work)
     interactions = read_inter(Path(inter)) if inter else read_sequences(Path(data), split_seed)
     features, origin = _features(interactions, text_feat, image_feat, folder)
@@ -143,7 +143,8 @@ def _in_own_process(*arguments: Any) -> dict[str, Any]:
 
 
 def _show_progress() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    """Log to the console; `force`, because a library that is imported has set up the root logger already."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
 
 
 def _counts(data: Interactions) -> dict[str, int]:
