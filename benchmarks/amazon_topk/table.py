@@ -89,8 +89,7 @@ def _section(name: str, rows: list[dict[str, Any]]) -> str:
         f"## {name}\n",
         ", ".join(f"{count:,} {key}" for key, count in first["counts"].items())
         + f"; split {first['split']}. Features: {features}. "
-        f"Sources {first['code']}, commit {', '.join(dict.fromkeys(row['commit'] for row in rows))}. "
-        "Epoch: chosen/last. CPU s: training with its looks at validation.\n",
+        f"Sources {first['code']}. Epoch: chosen/last. CPU s: training with its looks at validation.\n",
         "| backbone | model | seeds | "
         + " | ".join(map(_heading, METRICS))
         + " | validation R@20 | epoch | CPU s | peak MiB |",

@@ -24,7 +24,6 @@ from benchmarks.amazon_topk.training import TrainOptions, _batches
 from torchrec_em3.errors import ConfigError, DataError
 
 NUM_USERS, NUM_ITEMS = 30, 60
-TINY = TrainOptions(epochs=2, batch_size=64, evaluate_every=1, validation_users=10)
 
 
 @given(lengths=st.lists(st.integers(3, 60), min_size=1, max_size=20), seed=st.integers(0, 100))
@@ -218,30 +217,53 @@ def test_content_without_features_is_refused() -> None:
         Recommender(ModelOptions(content="em3"), world(), {})
 
 
-@pytest.fixture
-def inputs(tmp_path: Path) -> dict[str, Any]:
+def test_runs_are_not_repeated_and_make_a_table(tmp_path: Path) -> None:
     np.save(tmp_path / "text_feat.npy", half_features()["text"].numpy())
-    inter = write_inter(tmp_path / "set.inter", world())
-    paths = {"inter": str(inter), "text_feat": str(tmp_path / "text_feat.npy"), "work": str(tmp_path / "work")}
-    return {**paths, "backbones": ("lightgcn",), "training": TINY, "model": ModelOptions(width=8, layers=1)}
-
-
-def test_runs_are_not_repeated_and_make_a_table(inputs: dict[str, Any], tmp_path: Path) -> None:
+    inputs: dict[str, Any] = {
+        "inter": str(write_inter(tmp_path / "set.inter", world())),
+        "text_feat": str(tmp_path / "text_feat.npy"),
+        "work": str(tmp_path / "work"),
+        "model": ModelOptions(width=8, layers=1),
+        "training": TrainOptions(epochs=2, batch_size=64, evaluate_every=1, validation_users=10),
+    }
     for seeds in ((0,), (0, 1)):
-        run(**inputs, contents=("em3",), seeds=seeds)
+        run(**inputs, backbones=("lightgcn",), contents=("em3",), seeds=seeds)
     rows = read_results(tmp_path / "work")
     assert [row["seed"] for row in rows] == [0, 1]
+    assert all(0 < row["test"]["recall@20"] <= 1 and row["last_epoch"] == 2 for row in rows)
     table(str(tmp_path / "work"), str(tmp_path / "table.md"))
     mean = np.mean([row["test"]["recall@20"] for row in rows])
     assert f"{mean:.4f} ±" in (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "authors' logs, other features" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("field", ["code", "split", "features"])
-def test_runs_that_differ_do_not_share_a_table(field: str, inputs: dict[str, Any], tmp_path: Path) -> None:
-    run(**inputs, contents=("none",), seeds=(0,))
-    path = tmp_path / "work" / "results.jsonl"
-    row = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, field: "another"}) + "\n", encoding="utf-8")
-    with pytest.raises(DataError, match=f"differ in {field}"):
-        table(str(tmp_path / "work"), str(tmp_path / "table.md"))
+def finished(**changes: Any) -> str:
+    """A line of results.jsonl."""
+    metrics = dict.fromkeys(("recall@10", "recall@20", "ndcg@10", "ndcg@20"), 0.5)
+    costs = {"epoch": 1, "last_epoch": 1, "train_cpu_seconds": 1.0, "cpu_seconds": 1.0, "peak_mib": 1.0}
+    origin = {"dataset": "Sports", "split": "s", "counts": {"users": 1}, "features": {}, "code": "c", "commit": "c"}
+    settings = {"model": {"backbone": "bpr", "content": "none"}, "training": {}, "config": "c", "command": "run"}
+    return (
+        json.dumps({**origin, **settings, **costs, "seed": 0, "validation": metrics, "test": metrics, **changes}) + "\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"code": "d"}, "differ in code"),
+        ({"split": "t"}, "differ in split"),
+        ({"features": {"text": "other"}}, "differ in features"),
+        ({"config": "d"}, "with two configs"),
+    ],
+)
+def test_runs_that_differ_do_not_share_a_table(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text(finished() + finished(**changes), encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        table(str(tmp_path), str(tmp_path / "table.md"))
+
+
+def test_another_commit_with_the_same_sources_shares_the_table(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text(finished() + finished(commit="d", seed=1), encoding="utf-8")
+    table(str(tmp_path), str(tmp_path / "table.md"))
+    assert "| bpr | IDs only | 2 | 0.5000 ± 0.0000" in (tmp_path / "table.md").read_text(encoding="utf-8")
