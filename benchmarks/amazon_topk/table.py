@@ -43,6 +43,9 @@ authors chose settings on test). Mean and standard deviation over seeds of the t
 How it works, and how to run it with the authors' feature files:
 [benchmarks/amazon_topk/README.md](../amazon_topk/README.md).
 
+**Where the chosen epoch is the last one, training was cut short**: the row says how far the model came in so many
+epochs, not how good it is. One seed says nothing about differences of a few thousandths.
+
 The rows in italics are the **authors' logs, with other features**: 4096-d image vectors and 384-d vectors of title,
 brand, category and description; on another draw of the random split and from one seed. Those features are not used
 here, so the levels cannot be compared with ours.
@@ -64,7 +67,9 @@ def table(work: str = "runs/amazon_topk", out: str = "benchmarks/results/amazon_
         raise DataError(f"no results.jsonl in {work}; start python -m benchmarks.amazon_topk run first")
     sections = [_section(name, list(group)) for name, group in groupby(sorted(rows, key=_dataset), key=_dataset)]
     commands = "\n".join(dict.fromkeys(row["command"] for row in rows))
-    text = f"{HEADING}\n```\n{commands}\npython -m benchmarks.amazon_topk table\n```\n\n" + "\n".join(sections)
+    text = f"{HEADING}\nPrinted by\n\n```\n{commands}\npython -m benchmarks.amazon_topk table\n```\n\n" + "\n".join(
+        sections
+    )
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text(text, encoding="utf-8")
     print(text)
