@@ -1,7 +1,7 @@
 """What each pluggable kind must offer. An implementation is any class with these methods, registered under a name.
 
-Shape letters: B rows, U unique target items, V unique history items, N history positions, T tokens, D width of the
-model.
+Shape letters: B rows, U unique target items, V unique history items, N history positions, K tasks, T tokens, D width
+of the model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -112,10 +112,14 @@ class HistoryContent(Protocol):
 
 
 class Ranker(Protocol):
-    """Head from named blocks to logits; an `nn.Module`. Constructor `(options, block_dims)`: width by block name."""
+    """Head from named blocks to logits; an `nn.Module`.
+
+    Constructor `(options, block_dims, num_tasks=1)`: width by block name, and K. A constructor `(options, block_dims)`
+    makes a ranker for one task, which data with several is refused for.
+    """
 
     def __call__(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """Return logits_B from blocks of shape [B, block_dims[name]]."""
+        """Return logits from blocks of shape [B, block_dims[name]]: logits_B where K is 1, else logits_BK."""
         ...
 
 

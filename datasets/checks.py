@@ -1,6 +1,7 @@
 """What must hold of raw data before it is worth indexing: vectorised, one clear line for the first thing wrong."""
 
 import re
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -8,13 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from torchrec_em3.datasets.raw import RawDataset
-from torchrec_em3.errors import DataError
+from torchrec_em3.errors import ConfigError, DataError
 
-__all__ = ["arrow_strings", "check_events", "check_raw", "encode_ids"]
+__all__ = ["arrow_strings", "check_events", "check_raw", "check_task_names", "encode_ids"]
 
 # Year 3000 in seconds: a larger number is milliseconds or something else.
 _MAX_TIMESTAMP = 32_503_680_000
-_FEATURE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_PLAIN_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _RESERVED = frozenset({"user", "target", "history", "item", "raw_id", "train_count"})
 
 
@@ -93,23 +94,25 @@ def check_raw(raw: RawDataset, *, events_checked: bool = False) -> None:
     Raises:
         DataError: Whatever `check_events` refuses; or if catalogue columns differ in length; an item id is empty,
             repeated or, though an event has it, missing; an image lies outside `image_root`; a feature's name is taken
-            or not plain; a name of codes is; or a click probability is outside 0..1.
+            or not plain; a name of codes is; a label is neither 0 nor 1; or a click probability is outside 0..1.
+        ConfigError: If the name of a task is not plain.
     """
     source = f"data set '{raw.name}'"
     if not events_checked:
         check_events(raw.user_id, raw.item_id, raw.rating, raw.timestamp, source=source)
     _check_items(raw, source)
     for name in raw.user_features:
-        if not _FEATURE_NAME.fullmatch(name) or name in _RESERVED:
+        if not _PLAIN_NAME.fullmatch(name) or name in _RESERVED:
             raise DataError(
                 f"{source}: user feature '{name}' needs another name: small letters, digits and '_', and none of "
                 f"{', '.join(sorted(_RESERVED))}"
             )
     for name in raw.codes:
-        if not _FEATURE_NAME.fullmatch(name) or name in ("text", "image"):
+        if not _PLAIN_NAME.fullmatch(name) or name in ("text", "image"):
             raise DataError(
                 f"{source}: codes '{name}' need another name: small letters, digits and '_', neither text nor image"
             )
+    _check_labels(raw, source)
     if raw.probability is not None:
         if raw.probability.shape != raw.rating.shape:
             shape = list(raw.probability.shape)
@@ -118,6 +121,25 @@ def check_raw(raw: RawDataset, *, events_checked: bool = False) -> None:
         if bad.any():
             row = int(np.argmax(bad))
             raise DataError(f"{source} row {row}: probability is {raw.probability[row]}, outside 0..1")
+
+
+def check_task_names(names: Iterable[str]) -> None:
+    """Raise ConfigError if a name cannot stand in a column's name, an option and a log."""
+    for name in names:
+        if not _PLAIN_NAME.fullmatch(name):
+            raise ConfigError(f"task '{name}' needs another name: small letters, digits and '_', a letter first")
+
+
+def _check_labels(raw: RawDataset, source: str) -> None:
+    check_task_names(raw.labels)
+    for name, label in raw.labels.items():
+        if label.shape != raw.rating.shape:
+            shape = list(label.shape)
+            raise DataError(f"{source}: labels['{name}'] has shape {shape}, expected [{len(raw.rating)}] as user_id")
+        bad = (label != 0) & (label != 1)
+        if bad.any():
+            row = int(np.argmax(bad))
+            raise DataError(f"{source} row {row}: labels['{name}'] is {label[row]}, must be 0 or 1")
 
 
 def _check_ids_and_repeats(

@@ -3,6 +3,7 @@
 Shape letters: E events, I item rows, U user rows (row 0, "unknown", included in both).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +11,10 @@ import pyarrow.compute as pc
 
 from torchrec_em3.datasets import splits
 from torchrec_em3.datasets.checks import arrow_strings, encode_ids
+from torchrec_em3.datasets.labels import make_labels, task_thresholds
 from torchrec_em3.datasets.negatives import Negatives, sample_negatives
 from torchrec_em3.datasets.raw import RawDataset
-from torchrec_em3.errors import ConfigError, DataError
+from torchrec_em3.errors import ConfigError
 from torchrec_em3.registry import closest
 
 __all__ = ["Histories", "IndexedDataset", "Rows", "build_histories", "index_dataset", "rank_rows"]
@@ -52,15 +54,17 @@ class Histories:
 class IndexedDataset:
     """A data set in numbers. Events are in global time order: by timestamp, then user row, then original order.
 
-    A sampled negative is a row behind its positive, with that one's user, timestamp, history and split, and label 0.
+    A sampled negative is a row behind its positive, with that one's user, timestamp, history and split, and labels 0.
 
     Attributes:
         users: User rows.
         items: Catalogue rows.
         catalogue: For each item row from 1 on, the position of the item in the raw catalogue, int64 [I - 1].
-        events: Columns `user`, `item`, `label`, `rating`, `timestamp`, `history_end`, `split`; `probability` if known.
+        events: Columns `user`, `item`, `label`, `rating`, `timestamp`, `history_end`, `split`; `label_<task>` of each
+            task but the main one; `probability` if known.
         histories: Histories of all users.
         time_cuts: First timestamp of validation and of test, or None where the split knows no global cut.
+        tasks: Smallest positive rating by task, the main one first; None where the labels were given.
     """
 
     users: Rows
@@ -69,6 +73,7 @@ class IndexedDataset:
     events: dict[str, np.ndarray]
     histories: Histories
     time_cuts: tuple[int, int] | None
+    tasks: dict[str, float | None]
 
 
 def index_dataset(
@@ -77,6 +82,7 @@ def index_dataset(
     split: str,
     seed: int,
     label_threshold: float | None,
+    labels: Mapping[str, float] | None = None,
     negatives: int = 0,
     negative_sampling: str = "popularity",
 ) -> IndexedDataset:
@@ -87,24 +93,26 @@ def index_dataset(
         split: One of `splits.SPLITS`.
         seed: Seed of the choice of cold items and of negatives; nothing else uses chance.
         label_threshold: Smallest rating that is positive; None if ratings are 0 and 1 already.
-        negatives: Sampled negatives for each positive.
+        labels: Smallest positive rating of each of several tasks by name, in place of `label_threshold`.
+        negatives: Sampled negatives for each positive of the main task.
         negative_sampling: How they are drawn, one of `negatives.NEGATIVE_SAMPLINGS`.
 
     Returns:
         The indexed data set; the same for the same raw data, whatever rows its catalogue has them in.
 
     Raises:
-        ConfigError: If the split or the sampling is unknown, the split needs times and the data has none, or negatives
-            are wanted of data with known click probabilities.
+        ConfigError: If the split or the sampling is unknown, the split needs times and the data has none, negatives
+            are wanted of data with known click probabilities, or both data and `labels` name the tasks.
         DataError: If the split cannot be made, or a rating is neither 0 nor 1 though `label_threshold` is None.
     """
-    label = _labels(raw, label_threshold)
+    tasks = task_thresholds(raw, label_threshold, labels or {})
+    label = make_labels(raw, tasks)
     user_ids, user_code = encode_ids(raw.user_id)
     item_ids, catalogue_code = encode_ids(raw.items.item_id)
     item_code = pc.index_in(arrow_strings(raw.item_id), value_set=arrow_strings(item_ids))
     item_code = item_code.to_numpy().astype(np.int64)
     split_E, cuts = _split(split, raw, user_code, item_code, seed)
-    drawn = _draw_negatives(raw, user_code, item_code, label, split_E, negatives, negative_sampling, seed)
+    drawn = _draw_negatives(raw, user_code, item_code, label["label"], split_E, negatives, negative_sampling, seed)
     train = split_E == splits.TRAIN
     users, user_row = rank_rows(user_ids, user_code[train])
     items, item_row = rank_rows(item_ids, item_code[train])
@@ -115,7 +123,7 @@ def index_dataset(
     columns = {
         "user": user_row[np.append(user_code, user_code[drawn.positive])].astype(np.int32),
         "item": item_row[np.append(item_code, drawn.item)].astype(np.int32),
-        "label": np.append(label, none).astype(np.int8),
+        **{name: np.append(column, none).astype(np.int8) for name, column in label.items()},
         "rating": np.append(raw.rating, none).astype(np.float32),
         "timestamp": np.append(raw.timestamp, raw.timestamp[drawn.positive]).astype(np.int64),
     }
@@ -132,7 +140,7 @@ def index_dataset(
     events["split"] = np.append(split_E, split_E[drawn.positive])[order]
     if raw.probability is not None:
         events["probability"] = raw.probability[order].astype(np.float32)
-    return IndexedDataset(users, items, catalogue, events, histories, cuts)
+    return IndexedDataset(users, items, catalogue, events, histories, cuts, tasks)
 
 
 def rank_rows(ids: np.ndarray, train_code: np.ndarray) -> tuple[Rows, np.ndarray]:
@@ -184,19 +192,6 @@ def build_histories(
     end = np.empty(len(user), dtype=np.int64)
     end[by_user] = (np.cumsum(kept) - kept)[first]
     return Histories(offsets.astype(np.int64), item[by_user[kept]].astype(np.int32), end)
-
-
-def _labels(raw: RawDataset, threshold: float | None) -> np.ndarray:
-    if threshold is not None:
-        return (raw.rating >= threshold).astype(np.int8)
-    bad = (raw.rating != 0) & (raw.rating != 1)
-    if bad.any():
-        row = int(np.argmax(bad))
-        raise DataError(
-            f"data set '{raw.name}' row {row}: rating is {raw.rating[row]:g}, but without a label threshold it must be "
-            "0 or 1; set --label_threshold"
-        )
-    return raw.rating.astype(np.int8)
 
 
 def _split(

@@ -1,6 +1,6 @@
 """From a prepared folder to batches: sharded by rank, shuffled by seed and epoch, resumable at any row.
 
-Shape letters: B rows of a batch on one rank, N history positions, F user features.
+Shape letters: B rows of a batch on one rank, N history positions, F user features, R rows of the split, K tasks.
 """
 
 from collections.abc import Iterator
@@ -61,6 +61,9 @@ class BatchStream(IterableDataset[Batch]):
         self._user_features = data.user_features
         self._offsets, self._history = data.history_offsets, data.history_items
         self._columns = data.split_rows(split)
+        labels = [self._columns[name] for name in data.label_columns]
+        # [R] where there is one task, else [R, K].
+        self._labels = labels[0] if len(labels) == 1 else np.stack(labels, axis=1)
         self._keys = [*data.user_feature_names, TARGET, HISTORY]
         self.seek(0)
         self._check_size(data)
@@ -134,7 +137,7 @@ class BatchStream(IterableDataset[Batch]):
                 lengths=torch.from_numpy(np.concatenate([ones, length_B])),
             ),
             dense=torch.empty(len(row_B), 0),
-            label=torch.from_numpy(self._columns["label"][row_B].astype(np.float32)),
+            label=torch.from_numpy(self._labels[row_B].astype(np.float32)),
             weight=torch.from_numpy(weight_B),
             user=torch.from_numpy(user_B.astype(np.int64)),
         )

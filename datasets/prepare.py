@@ -20,7 +20,7 @@ from torchrec_em3.components.encoders import image as _image  # noqa: F401  (reg
 from torchrec_em3.components.encoders import text as _text  # noqa: F401
 from torchrec_em3.components.interfaces import TokenEncoder
 from torchrec_em3.datasets import splits
-from torchrec_em3.datasets.checks import check_raw
+from torchrec_em3.datasets.checks import check_raw, check_task_names
 from torchrec_em3.datasets.codes import write_codes
 from torchrec_em3.datasets.indexing import IndexedDataset, index_dataset
 from torchrec_em3.datasets.negatives import check_sampling
@@ -52,6 +52,9 @@ class PrepareOptions:
 
     label_threshold: float | None = 4.0
     """Smallest rating that counts as positive; null if ratings are 0 and 1 already."""
+
+    labels: Mapping[str, float] = field(default_factory=dict)
+    """Labels by name, each with its smallest positive rating, the main one first; in place of label_threshold."""
 
     negatives: int = 0
     """Items that the user never took, drawn as rows of label 0 for each positive; they enter no history."""
@@ -99,6 +102,10 @@ class PrepareOptions:
         check_sampling(self.negative_sampling)
         if self.label_threshold is not None and not np.isfinite(self.label_threshold):
             raise ConfigError(f"option label_threshold is {self.label_threshold}, must be a finite number or null")
+        check_task_names(self.labels)
+        for task, threshold in self.labels.items():
+            if not np.isfinite(threshold):
+                raise ConfigError(f"option labels.{task} is {threshold}, must be a finite number")
 
 
 def prepare(raw: RawDataset, out: Path, options: PrepareOptions) -> dict[str, Any]:
@@ -127,6 +134,7 @@ def prepare(raw: RawDataset, out: Path, options: PrepareOptions) -> dict[str, An
         split=options.split,
         seed=options.seed,
         label_threshold=options.label_threshold,
+        labels=options.labels,
         negatives=options.negatives,
         negative_sampling=options.negative_sampling,
     )
@@ -298,7 +306,8 @@ def _describe(
         "dataset": raw.name,
         "split": options.split,
         "seed": options.seed,
-        "label_threshold": options.label_threshold,
+        "label_threshold": next(iter(indexed.tasks.values())),
+        "tasks": [{"name": name, "label_threshold": threshold} for name, threshold in indexed.tasks.items()],
         "negatives": {
             "per_positive": options.negatives,
             "sampling": options.negative_sampling,

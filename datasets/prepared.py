@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from torchrec_em3.datasets.labels import DEFAULT_TASK, task_columns
 from torchrec_em3.datasets.splits import TEST, TRAIN, VALIDATION
 from torchrec_em3.errors import DataError
 
@@ -51,7 +52,7 @@ class PreparedData:
 
     Attributes:
         folder: Where it is.
-        meta: Contents of meta.json.
+        meta: Contents of meta.json; of a folder that was written before there were tasks, with its one task added.
     """
 
     folder: Path
@@ -99,6 +100,16 @@ class PreparedData:
     def user_feature_names(self) -> list[str]:
         """Names of the sparse user features: "user" first, then the columns of `user_features`."""
         return [feature["name"] for feature in self.meta["user_features"]]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, the main one first."""
+        return [task["name"] for task in self.meta["tasks"]]
+
+    @property
+    def label_columns(self) -> list[str]:
+        """The columns of `split_rows` that hold the labels, in the order of `tasks`; the first is "label"."""
+        return task_columns("label", self.tasks)
 
     @property
     def tokens_folder(self) -> Path:
@@ -156,8 +167,8 @@ class PreparedData:
         Row groups without a row of the split are not read.
 
         Returns:
-            user, item (int32 rows), label (int8), rating (float32), timestamp, history_end (int64) and, in simulated
-            data, probability (float32), all of one length.
+            user, item (int32 rows), label and `label_<task>` of each task but the main one (int8), rating (float32),
+            timestamp, history_end (int64) and, in simulated data, probability (float32), all of one length.
 
         Raises:
             DataError: If a file is damaged (each page has a checksum), or times decrease or values are out of range;
@@ -191,7 +202,9 @@ class PreparedData:
         return sorted((self.folder / "interactions").glob("part-*.parquet"))
 
     def _event_types(self) -> Mapping[str, pa.DataType]:
-        return {**_EVENT_TYPES, "probability": pa.float32()} if self.meta["simulated"] else _EVENT_TYPES
+        labels = dict.fromkeys(self.label_columns, pa.int8())
+        probability = {"probability": pa.float32()} if self.meta["simulated"] else {}
+        return {**_EVENT_TYPES, **labels, **probability}
 
     def _check_tables(self) -> None:
         features = self.meta["user_features"][1:]
@@ -232,7 +245,8 @@ class PreparedData:
         where = f"{self.folder} row {{}} of split {split}"
         for name, last in {"user": self.user_rows - 1, "item": self.item_rows - 1}.items():
             _refuse(where, name, columns[name], 1, last)
-        _refuse(where, "label", columns["label"], 0, 1)
+        for name in self.label_columns:
+            _refuse(where, name, columns[name], 0, 1)
         first, end = (self.history_offsets[columns["user"] + shift] for shift in (0, 1))
         _refuse(where, "history_end", columns["history_end"], first, end - 1)
 
@@ -274,7 +288,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     missing = _META_KEYS - meta.keys()
     if missing:
         raise DataError(f"{path}: no '{min(missing)}'; run em3 prepare again")
-    return meta
+    return {"tasks": [{"name": DEFAULT_TASK, "label_threshold": meta.get("label_threshold")}], **meta}
 
 
 def _read(path: Path, read: Callable[[pq.ParquetFile], Loaded]) -> Loaded:

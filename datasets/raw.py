@@ -54,8 +54,10 @@ class RawDataset:
         items: The catalogue; holds every `item_id` of the events, and possibly more.
         image_root: Folder that `items.image` is relative to.
         user_features: For each side feature, value (str, "" = unknown) by user id.
-        probability: True click probability of each event where it is known (simulated data), else None.
+        probability: True probability of the main task's 1 in each event where it is known (simulated data), else None.
         codes: Semantic codes of the items by name of the quantiser.
+        labels: 0 or 1 of each event by name of the task, the main task first, for tasks that are not thresholds of the
+            rating, such as click and like; empty if labels come from the rating.
         timed: False if only the order of each user's events is known, so that nothing compares two users' events.
     """
 
@@ -69,4 +71,5 @@ class RawDataset:
     user_features: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     probability: np.ndarray | None = None
     codes: Mapping[str, RawCodes] = field(default_factory=dict)
+    labels: Mapping[str, np.ndarray] = field(default_factory=dict)
     timed: bool = True

@@ -1,7 +1,9 @@
 """Shared fixtures: one tiny simulated data set, prepared once per test session."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,8 +14,11 @@ from torchrec_em3.datasets.simulated import SimulatedOptions, simulate
 torch.set_num_threads(1)
 
 
-def prepare_tiny(folder: Path, split: str = "temporal") -> Path:
+def prepare_tiny(folder: Path, split: str = "temporal", two_tasks: bool = False) -> Path:
     raw = simulate(SimulatedOptions(num_items=150, num_users=60, num_interactions=3000, seed=0), folder / "raw")
+    if two_tasks:
+        likely = raw.probability > np.median(raw.probability)
+        raw = replace(raw, labels={"click": raw.rating, "like": raw.rating * likely})
     options = PrepareOptions(split=split, text_encoder="tiny_text", image_encoder="tiny_image", label_threshold=None)
     prepare(raw, folder / split, options)
     return folder / split
@@ -29,3 +34,9 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_cold_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with split cold_items."""
     return prepare_tiny(tmp_path_factory.mktemp("tiny_cold"), "cold_items")
+
+
+@pytest.fixture(scope="session")
+def tiny_tasks_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same events with two labels: the click, and a like, a click where one was likelier than usual."""
+    return prepare_tiny(tmp_path_factory.mktemp("tiny_tasks"), two_tasks=True)

@@ -1,6 +1,6 @@
 """The unit that flows from the loader into the model.
 
-Shape letters: B rows of the batch, F dense features, U unique items, T tokens, L levels of codes, D width.
+Shape letters: B rows of the batch, F dense features, K tasks, U unique items, T tokens, L levels of codes, D width.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,8 @@ class Batch(Pipelineable):
         sparse: Keys are the user and side features, then `target` (one catalogue row each) and `history` (catalogue
             rows, most recent last). Row 0 of every table is "unknown".
         dense: Dense features [B, F], float32; F may be 0.
-        label: 1.0 or 0.0 per row, float32.
+        label: 1.0 or 0.0, float32: [B] where there is one task, else [B, K] in the order of the data's tasks, the main
+            one first. A ranker's logits have the same shape.
         weight: Weight of the row in the loss and the metrics, float32; 0 marks a row that only fills up a batch.
         user: Row of the user in users.parquet, int64; groups rows for per-user metrics, not looked up in any table.
     """

@@ -44,6 +44,8 @@ class ModelConfig:
     """Registered ranker: from named blocks to logits."""
     ranker_options: dict[str, Any] = field(default_factory=dict)
     """Options of that ranker."""
+    task_weights: dict[str, float] = field(default_factory=dict)
+    """Weight of the loss of single tasks by name, where the data has several; 1 for those left out."""
     attention_hidden: tuple[int, ...] = (32,)
     """Hidden widths of the target attention over the IDs of the history."""
     content_attention_hidden: tuple[int, ...] = ()
@@ -75,6 +77,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Check the limits."""
         _at_least("model.embedding_dim", self.embedding_dim, 4)
+        for task, weight in self.task_weights.items():
+            if not 0.0 <= weight < float("inf"):
+                raise ConfigError(f"--model.task_weights.{task} is {weight}, must be a finite number >= 0")
         if self.embedding_dim % 4:
             raise ConfigError(
                 f"--model.embedding_dim is {self.embedding_dim}, must be a multiple of 4 (fbgemm kernels)"

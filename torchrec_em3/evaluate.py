@@ -1,5 +1,6 @@
 """One pass over a split: predictions, metrics with cold-start slices, and the embeddings that the report draws."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torchrec_em3.batch import TARGET
 from torchrec_em3.config import Config
 from torchrec_em3.content_path import ITEMS_AT_A_TIME
+from torchrec_em3.datasets.labels import task_columns
 from torchrec_em3.datasets.loader import BatchStream, batch_loader
 from torchrec_em3.datasets.prepared import PreparedData, Split
 from torchrec_em3.errors import NumericError
@@ -25,12 +27,26 @@ MAP_ITEMS = 3000
 
 @dataclass(frozen=True)
 class Predictions:
-    """Rows of a split in their order: user, item, label, logit."""
+    """Rows of a split in their order; n rows, K tasks.
+
+    Attributes:
+        user: User rows [n].
+        item: Catalogue rows [n].
+        label: 1 or 0: [n] where there is one task, else [n, K].
+        logit: As `label`.
+    """
 
     user: np.ndarray
     item: np.ndarray
     label: np.ndarray
     logit: np.ndarray
+
+    def by_task(self, tasks: Sequence[str]) -> dict[str, "Predictions"]:
+        """Return the predictions of each task by its name."""
+        if self.label.ndim == 1:
+            return {tasks[0]: self}
+        columns = zip(tasks, self.label.T, self.logit.T, strict=True)
+        return {task: Predictions(self.user, self.item, label, logit) for task, label, logit in columns}
 
 
 @torch.no_grad()
@@ -90,10 +106,10 @@ def predict(
     steps = [rank_part for step in zip(*gathered, strict=True) for rank_part in step]
     columns = [np.concatenate(column) for column in zip(*steps, strict=True)]
     predictions = Predictions(*columns)
-    bad = np.flatnonzero(~np.isfinite(predictions.logit))
+    bad = np.argwhere(~np.isfinite(predictions.logit))
     if bad.size:
         raise NumericError(
-            f"logit {predictions.logit[bad[0]]} at row {bad[0]} of split {split}; the model has diverged"
+            f"logit {predictions.logit[tuple(bad[0])]} at row {bad[0][0]} of split {split}; the model has diverged"
         )
     return predictions
 
@@ -109,6 +125,8 @@ def evaluate_split(
 ) -> dict[str, Any]:
     """Return a split's metrics, whole and in slices, on every rank. Collective.
 
+    They are those of the main task; where there are several tasks, `tasks` holds those of each by name.
+
     Args:
         sharded: The model; its bank is refreshed first.
         data: The prepared folder.
@@ -121,17 +139,40 @@ def evaluate_split(
     predictions = predict(sharded, data, split, config, ranks)
     metrics = None
     if predictions is not None:
-        metrics = _measure(predictions, data, split)
+        by_task = predictions.by_task(data.tasks)
+        metrics = _measure_tasks(by_task, data, split)
         if save_to is not None:
             save_to.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(save_to, **vars(predictions))
+            np.savez(save_to, **_columns(by_task))
     result: dict[str, Any] = ranks.broadcast(metrics)
     return result
 
 
-def _measure(predictions: Predictions, data: PreparedData, split: Split) -> dict[str, Any]:
+def _columns(by_task: Mapping[str, Predictions]) -> dict[str, Any]:
+    """Return what is saved: `label` and `logit` are the main task's, the others' bear the task's name."""
+    main = next(iter(by_task.values()))
+    columns: dict[str, Any] = {"user": main.user, "item": main.item}
+    for name in ("label", "logit"):
+        values = [getattr(predictions, name) for predictions in by_task.values()]
+        columns |= zip(task_columns(name, list(by_task)), values, strict=True)
+    return columns
+
+
+def _measure_tasks(by_task: Mapping[str, Predictions], data: PreparedData, split: Split) -> dict[str, Any]:
     rows = data.split_rows(split)
-    probability = rows["probability"] if data.meta["simulated"] else None
+    # Only the main task's true probabilities are known.
+    truths = [rows["probability"] if data.meta["simulated"] else None, *[None] * (len(by_task) - 1)]
+    tasks = {
+        task: _measure(predictions, data, rows, truth)
+        for (task, predictions), truth in zip(by_task.items(), truths, strict=True)
+    }
+    main = next(iter(tasks.values()))
+    return {**main, "tasks": tasks} if len(tasks) > 1 else main
+
+
+def _measure(
+    predictions: Predictions, data: PreparedData, rows: Mapping[str, np.ndarray], probability: np.ndarray | None
+) -> dict[str, Any]:
     metrics: dict[str, Any] = dict(ranking_metrics(predictions.label, predictions.logit, user=predictions.user))
     metrics["slices"] = sliced_metrics(
         predictions.label,

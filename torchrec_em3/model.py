@@ -1,6 +1,7 @@
 """The EM3 model graph: ID path, content path, ranker and losses in one module.
 
-Shape letters: B rows, U distinct target items, E of them in the alignment loss, V distinct history items, D width.
+Shape letters: B rows, K tasks, U distinct target items, E of them in the alignment loss, V distinct history items, D
+width.
 """
 
 from dataclasses import dataclass, field
@@ -23,8 +24,9 @@ from torchrec_em3.content_path import Content, ContentPath, DistinctItems
 from torchrec_em3.item_tokens import CodeSource, TokenSource
 from torchrec_em3.parts import build_part
 from torchrec_em3.pending_batch import PendingBatch
-from torchrec_em3.registry import ALIGNMENTS, RANKERS
+from torchrec_em3.registry import ALIGNMENTS
 from torchrec_em3.schema import FeatureSchema
+from torchrec_em3.tasks import build_ranker, task_weights
 
 __all__ = ["EM3Model", "Output"]
 
@@ -34,7 +36,7 @@ class Output:
     """What one forward pass yields besides the loss.
 
     Attributes:
-        logit: Logits [B], detached.
+        logit: Logits, detached: [B] where there is one task, else [B, K].
         metrics: Scalars of the step by name (each loss term, bank coverage and staleness), detached.
     """
 
@@ -73,6 +75,7 @@ class EM3Model(nn.Module):
         width = options.embedding_dim
         self.unknown_id_rate = options.unknown_id_rate
         self.alignment_weight = options.alignment_weight
+        self.task_weights = task_weights(options.task_weights, schema.tasks)
         self.item_rows = schema.item_rows
         self.users = UserEmbedding(schema, width, device, config.embeddings.precision)
         self.items = ItemEmbedding(schema, width, device, config.embeddings.precision)
@@ -97,7 +100,7 @@ class EM3Model(nn.Module):
             block_dims |= {"codes": width, "codes_interest": width}
         if schema.num_dense:
             block_dims["context"] = schema.num_dense
-        self.ranker = build_part(RANKERS, options.ranker, options.ranker_options, block_dims)
+        self.ranker = build_ranker(options, block_dims, schema.tasks)
         self.step = 0
 
     def ask(self, batch: Batch) -> PendingBatch:
@@ -133,14 +136,18 @@ class EM3Model(nn.Module):
             blocks |= self.codes(items)
         if batch.dense.shape[1]:
             blocks["context"] = batch.dense
-        logit_B = self.ranker(blocks)
-        loss = self._rank_loss(logit_B, batch)
+        logit = self.ranker(blocks)
+        loss = self._rank_loss(logit, batch)
+        if len(self.task_weights) > 1:
+            terms = dict(zip(self.task_weights, loss.unbind(), strict=True))
+            metrics |= {f"rank_loss/{task}": term.detach() for task, term in terms.items()}
+            loss = torch.stack([weight * terms[task] for task, weight in self.task_weights.items()]).sum()
         metrics["rank_loss"] = loss.detach()
         if alignment is not None:
             metrics["alignment_loss"] = alignment.detach()
             loss = loss + self.alignment_weight * alignment
         metrics["loss"] = loss.detach()
-        return loss, Output(logit_B.detach(), metrics)
+        return loss, Output(logit.detach(), metrics)
 
     def _split(self, sparse: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, DistinctItems]:
         """Separate the user features from the items, and find the distinct items."""
@@ -171,10 +178,11 @@ class EM3Model(nn.Module):
         return loss
 
     @staticmethod
-    def _rank_loss(logit_B: Tensor, batch: Batch) -> Tensor:
-        """Binary cross-entropy, mean over the rows that count."""
-        loss_B = functional.binary_cross_entropy_with_logits(logit_B, batch.label, reduction="none")
-        return (loss_B * batch.weight).sum() / batch.weight.sum().clamp_min(1.0)
+    def _rank_loss(logit: Tensor, batch: Batch) -> Tensor:
+        """Binary cross-entropy, mean over the rows that count: a scalar where there is one task, else [K]."""
+        loss = functional.binary_cross_entropy_with_logits(logit, batch.label, reduction="none")
+        weight = batch.weight if loss.dim() == 1 else batch.weight[:, None]
+        return (loss * weight).sum(0) / batch.weight.sum().clamp_min(1.0)
 
 
 def _user_block(feature: str) -> str:

@@ -21,6 +21,7 @@ _BUILTIN = (
     "rankers.deepfm",
     "rankers.din",
     "rankers.dlrm",
+    "rankers.mmoe",
     "towers.concat",
     "towers.frozen_pool",
     "towers.qformer",

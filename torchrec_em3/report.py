@@ -23,6 +23,7 @@ from torchrec_em3.report_sections import (
     slices,
     version_rows,
 )
+from torchrec_em3.report_tasks import task_rows
 from torchrec_em3.run_record import RunRecord, read_records
 from torchrec_em3.verdict import compare
 
@@ -61,6 +62,7 @@ def write_report(runs: Sequence[Path], out: Path, data_folder: Path | None = Non
             records=records,
             comparisons=compare(records, data),
             rows=run_rows(records),
+            tasks=task_rows(records),
             slices=slices(records),
             curves=curves(records),
             reliability=reliability(records),

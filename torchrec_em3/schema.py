@@ -45,6 +45,7 @@ class FeatureSchema:
         modalities: What the token store holds.
         num_dense: Width of `Batch.dense`.
         codes: What the code store holds.
+        tasks: Names of the labels, the main one first.
     """
 
     user_features: tuple[SparseFeature, ...]
@@ -53,6 +54,7 @@ class FeatureSchema:
     modalities: tuple[ModalitySpec, ...] = ()
     num_dense: int = 0
     codes: tuple[CodeSpec, ...] = ()
+    tasks: tuple[str, ...] = ("label",)
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> "FeatureSchema":
@@ -69,4 +71,5 @@ class FeatureSchema:
                 CodeSpec(name, int(spec["levels"]), int(spec["codes_per_level"]))
                 for name, spec in sorted(meta.get("codes", {}).items())
             ),
+            tasks=tuple(task["name"] for task in meta["tasks"]),
         )

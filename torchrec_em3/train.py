@@ -225,6 +225,8 @@ class Trainer:
         unseen = metrics["slices"]["item_frequency"]["0"]
         values = {name: metrics[name] for name in ("auc", "gauc", "ne", "logloss", "calibration")}
         values |= {"auc_unseen_items": unseen["auc"], "samples": progress.samples}
+        tasks = metrics.get("tasks", {})
+        values |= {f"{name}/{task}": tasks[task][name] for task in tasks for name in ("auc", "gauc", "ne", "logloss")}
         self._log.scalars("validation", step=progress.step, epoch=progress.epoch, values=values)
         logger.info(
             "step %d  validation AUC %.4f  GAUC %s  NE %.4f  items never trained on: AUC %s (n=%d)%s",
@@ -236,6 +238,10 @@ class Trainer:
             unseen["n"],
             "  best so far" if progress.stale_validations == 0 else "",
         )
+        for task, found in tasks.items():
+            logger.info(
+                "  %s: AUC %s  GAUC %s  NE %s", task, *(_decimals(found[name]) for name in ("auc", "gauc", "ne"))
+            )
         self._save()
 
     def _save(self) -> None:

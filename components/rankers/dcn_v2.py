@@ -1,6 +1,6 @@
 """DCN V2 as a ranker: TorchRec's low-rank cross network beside an MLP.
 
-Shape letters: B rows, C width of all blocks together.
+Shape letters: B rows, C width of all blocks together, K tasks.
 """
 
 from collections.abc import Mapping
@@ -48,25 +48,27 @@ class DcnV2Ranker(nn.Module):
     Args:
         options: See `DcnV2RankerOptions`.
         block_dims: Width of each block; its order is the order of the inputs, whatever the order at a call.
+        num_tasks: Logits of a row.
 
     Raises:
         ConfigError: If there is no block or one has no width.
     """
 
-    def __init__(self, options: DcnV2RankerOptions, block_dims: Mapping[str, int]) -> None:
+    def __init__(self, options: DcnV2RankerOptions, block_dims: Mapping[str, int], num_tasks: int = 1) -> None:
         super().__init__()
         self.blocks = Blocks("dcn_v2", block_dims)
         width = self.blocks.total_width
         self.cross = LowRankCrossNet(width, options.cross_layers, options.rank)
         # The logit's bias is the MLP's.
-        self.cross_logit = nn.Linear(width, 1, bias=False)
-        self.mlp = MLP(options, width)
+        self.cross_logit = nn.Linear(width, num_tasks, bias=False)
+        self.mlp = MLP(options, width, num_tasks)
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """Return logits_B.
+        """Return logits_B, or logits_BK for several tasks.
 
         Args:
             blocks: [B, block_dims[name]] by name, float.
         """
         inputs_BC = torch.cat(self.blocks.in_order(blocks), dim=1)
-        return self.cross_logit(self.cross(inputs_BC)).squeeze(1) + self.mlp(inputs_BC)
+        logits_BK: Tensor = self.cross_logit(self.cross(inputs_BC)) + self.mlp(inputs_BC)
+        return logits_BK.squeeze(1)

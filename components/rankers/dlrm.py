@@ -1,6 +1,7 @@
 """DLRM as a ranker, from the parts of TorchRec's own model.
 
-Shape letters: B rows, G blocks of the common width, W that width, C width of the other blocks together.
+Shape letters: B rows, G blocks of the common width, W that width, C width of the other blocks together,
+K tasks.
 """
 
 from collections.abc import Mapping
@@ -46,12 +47,13 @@ class DlrmRanker(nn.Module):
     Args:
         options: See `DlrmRankerOptions`.
         block_dims: Width of each block; its order is the order of the inputs, whatever the order at a call.
+        num_tasks: Logits of a row.
 
     Raises:
         ConfigError: If there are fewer than two blocks or one has no width.
     """
 
-    def __init__(self, options: DlrmRankerOptions, block_dims: Mapping[str, int]) -> None:
+    def __init__(self, options: DlrmRankerOptions, block_dims: Mapping[str, int], num_tasks: int = 1) -> None:
         super().__init__()
         blocks = Blocks("dlrm", block_dims)
         if len(block_dims) < 2:
@@ -63,14 +65,15 @@ class DlrmRanker(nn.Module):
         num_vectors = 1 + len(self.sparse)
         self.bottom = DenseArch(dense_width, [*options.bottom, width])
         self.interaction = InteractionArch(len(self.sparse))
-        self.top = OverArch(width + num_vectors * (num_vectors - 1) // 2, [*options.top, 1])
+        self.top = OverArch(width + num_vectors * (num_vectors - 1) // 2, [*options.top, num_tasks])
 
     def forward(self, blocks: Mapping[str, Tensor]) -> Tensor:
-        """Return logits_B.
+        """Return logits_B, or logits_BK for several tasks.
 
         Args:
             blocks: [B, block_dims[name]] by name, float.
         """
         dense_BC = torch.cat([blocks[name] for name in self.dense], dim=1)
         sparse_BGW = torch.stack([blocks[name] for name in self.sparse], dim=1)
-        return self.top(self.interaction(self.bottom(dense_BC), sparse_BGW)).squeeze(1)
+        logits_BK: Tensor = self.top(self.interaction(self.bottom(dense_BC), sparse_BGW))
+        return logits_BK.squeeze(1)

@@ -1,14 +1,12 @@
-"""The MLP that rankers share, from their inputs to one logit, and its options.
+"""The MLP that rankers share, from their inputs to the logits, and its options.
 
 TorchRec's MLP has no dropout; this one does.
-
-Shape letters: B rows, C width of the inputs.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from torchrec_em3.errors import ConfigError
 
@@ -44,16 +42,12 @@ class MLPOptions:
 
 
 class MLP(nn.Sequential):
-    """Hidden layers, each a linear map with activation and dropout, and a linear map to the logit."""
+    """Hidden layers, each a linear map with activation and dropout, and a linear map to a logit for each task."""
 
-    def __init__(self, options: MLPOptions, in_features: int) -> None:
+    def __init__(self, options: MLPOptions, in_features: int, num_tasks: int) -> None:
         layers: list[nn.Module] = []
         for out_features in options.hidden:
             activation = ACTIVATIONS[options.activation]()
             layers += [nn.Linear(in_features, out_features), activation, nn.Dropout(options.dropout)]
             in_features = out_features
-        super().__init__(*layers, nn.Linear(in_features, 1))
-
-    def forward(self, inputs_BC: Tensor) -> Tensor:
-        """Return logits_B."""
-        return super().forward(inputs_BC).squeeze(1)  # type: ignore[no-untyped-call]
+        super().__init__(*layers, nn.Linear(in_features, num_tasks))

@@ -10,6 +10,7 @@ from torchrec_em3.components.rankers.dcn_v2 import DcnV2Ranker, DcnV2RankerOptio
 from torchrec_em3.components.rankers.deepfm import DeepFMRanker, DeepFMRankerOptions
 from torchrec_em3.components.rankers.din import DinRanker, DinRankerOptions
 from torchrec_em3.components.rankers.dlrm import DlrmRanker, DlrmRankerOptions
+from torchrec_em3.components.rankers.mmoe import MmoeRanker, MmoeRankerOptions
 
 BLOCKS = random_blocks(3)
 INPUTS = torch.cat(list(BLOCKS.values()), dim=1)
@@ -76,3 +77,22 @@ def test_deepfm_is_first_order_dot_products_and_an_mlp() -> None:
     second_order = pairwise(list((BLOCKS | mapped).values())).sum(1, keepdim=True) / 2
     logit = INPUTS @ ranker.first_order.weight.T + second_order + through(linears(ranker.mlp), INPUTS)
     torch.testing.assert_close(ranker(BLOCKS), logit[:, 0])
+
+
+def test_deepfms_tasks_share_the_dot_products_alone() -> None:
+    ranker = DeepFMRanker(DeepFMRankerOptions(hidden=(6, 5)), BLOCK_DIMS, num_tasks=2)
+    mapped = {name: BLOCKS[name] @ layer.weight.T for name, layer in ranker.embed.items()}
+    second_order = pairwise(list((BLOCKS | mapped).values())).sum(1, keepdim=True) / 2
+    logits = INPUTS @ ranker.first_order.weight.T + second_order + through(linears(ranker.mlp), INPUTS)
+    torch.testing.assert_close(ranker(BLOCKS), logits)
+
+
+def test_mmoe_mixes_the_experts_by_each_tasks_gate_under_its_tower() -> None:
+    ranker = MmoeRanker(MmoeRankerOptions(num_experts=3, expert=(6, 5), tower=(4,)), BLOCK_DIMS, num_tasks=2)
+    products = pairwise([BLOCKS["target"], BLOCKS["interest"], BLOCKS["content"]]) / 2
+    inputs = torch.cat([INPUTS, products], dim=1)
+    experts = torch.stack([through(linears(expert), inputs).clamp_min(0) for expert in ranker.experts])
+    for task, (gate, tower) in enumerate(zip(ranker.gates.weight.view(2, 3, -1), ranker.towers, strict=True)):
+        share = torch.softmax(inputs @ gate.T, dim=1)
+        mixed = torch.einsum("be,ebh->bh", share, experts)
+        torch.testing.assert_close(ranker(BLOCKS)[:, task], through(linears(tower), mixed)[:, 0])

@@ -139,7 +139,9 @@ def _sequences(arguments: Sequence[str]) -> None:
 
     # What a sequence holds is positive, and nobody knows when it happened.
     defaults = {"split": "leave_last", "negatives": SEQUENCE_NEGATIVES}
-    values, options = _parse("sequences", arguments, extend, fixed={"label_threshold": None}, defaults=defaults)
+    values, options = _parse(
+        "sequences", arguments, extend, fixed={"label_threshold": None, "labels": {}}, defaults=defaults
+    )
     if options.negatives == 0:
         raise ConfigError("sequences hold positives only; --negatives is 0, must be at least 1")
     source = Path(values.source)
@@ -153,7 +155,7 @@ def _simulated(arguments: Sequence[str]) -> None:
         parser.add_class_arguments(SimulatedOptions, "catalogue")
 
     # Simulated clicks are labels already; a threshold on them would make every row negative.
-    fixed = {"label_threshold": None, "negatives": 0, "negative_sampling": "popularity"}
+    fixed: dict[str, Any] = {"label_threshold": None, "labels": {}, "negatives": 0, "negative_sampling": "popularity"}
     values, options = _parse("simulated", arguments, extend, fixed=fixed)
     with tempfile.TemporaryDirectory() as folder:
         raw = simulate(values.catalogue, Path(folder))

@@ -11,6 +11,7 @@ from torchrec_em3.checkpoint import CheckpointFolder
 from torchrec_em3.config import Config
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.evaluate import evaluate_split, save_embeddings
+from torchrec_em3.number_format import decimals
 from torchrec_em3.parsing import CommandParser, parse_config
 from torchrec_em3.process_group import Ranks, process_group
 from torchrec_em3.run_folder import create_run, peak_rss_bytes, write_summary
@@ -86,5 +87,7 @@ def measure(
     logger.info(
         "test  AUC %.4f  items never trained on: AUC %s (n=%d)", metrics["test"]["auc"], unseen["auc"], unseen["n"]
     )
+    for task, found in metrics["test"].get("tasks", {}).items():
+        logger.info("  %s: AUC %s  NE %s", task, decimals(found["auc"]), decimals(found["ne"]))
     logger.info("wrote %s; next: em3 report %s", run / "summary.json", run)
     return summary
