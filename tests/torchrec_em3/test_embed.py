@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 
 import tests.tiny_parts  # noqa: F401  registers the tiny encoders
 from tests.gang import run_ranks
@@ -27,9 +27,9 @@ from torchrec_em3.datasets.prepare import PrepareOptions, prepare
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.datasets.raw import RawDataset
 from torchrec_em3.datasets.simulated import SimulatedOptions, simulate
-from torchrec_em3.datasets.tokens import TokenStore
 from torchrec_em3.evaluate import Predictions, predict
 from torchrec_em3.item_embeddings import ItemEmbeddings
+from torchrec_em3.item_tokens import TokenSource
 from torchrec_em3.process_group import process_group
 from torchrec_em3.trained_run import open_trained_run
 
@@ -111,15 +111,16 @@ def test_the_table_tells_what_an_item_has(world: World) -> None:
     assert 0 < table["id"].null_count < len(table)
 
 
-class NoTokens:
-    """A token store that must not be asked for items that have an embedding."""
+class NoTokens(nn.Module):
+    """Tokens that must not be asked for of items that have an embedding."""
 
-    def __init__(self, store: TokenStore, embedded: Tensor) -> None:
-        self.store, self.embedded = store, embedded
+    def __init__(self, tokens: nn.Module, embedded: Tensor) -> None:
+        super().__init__()
+        self.tokens, self.embedded = tokens, embedded
 
-    def fetch(self, items_U: Tensor, device: torch.device | None = None) -> dict[str, ModalityTokens]:
+    def forward(self, items_U: Tensor, store: TokenSource | None = None) -> dict[str, ModalityTokens]:
         assert not torch.isin(items_U, self.embedded).any()
-        return self.store.fetch(items_U, device)
+        return self.tokens(items_U, store)
 
 
 def score(world: World, vectors: dict[str, np.ndarray]) -> Predictions:
@@ -130,7 +131,7 @@ def score(world: World, vectors: dict[str, np.ndarray]) -> Predictions:
         assert content is not None
         assert content.bank is not None
         rows = torch.arange(1, world.data.item_rows)[torch.from_numpy(vectors["present"])]
-        content._store = NoTokens(content._store, rows)
+        content.tokens = NoTokens(content.tokens, rows)
         content.bank.write(rows, torch.from_numpy(vectors["tower"][vectors["present"]]), 1)
         predictions = predict(trained.sharded, trained.data, "test", trained.config, ranks)
         assert predictions is not None
