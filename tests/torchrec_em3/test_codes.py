@@ -27,9 +27,11 @@ from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConf
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.errors import ConfigError, Preempted
 from torchrec_em3.item_tokens import ItemTokens
+from torchrec_em3.missing_modalities import ReducedTokens
 from torchrec_em3.parsing import resolve_parts
 from torchrec_em3.process_group import process_group
 from torchrec_em3.schema import CodeSpec, FeatureSchema, ModalitySpec
+from torchrec_em3.trained_run import open_trained_run
 
 IN_TOWER = f"content.tokens.embeddings.{NAME}.weight"
 AS_FEATURES = f"codes.embeddings.{NAME}.weight"
@@ -95,8 +97,6 @@ def test_codes_alone_train_a_tower(codes_only: Path, tmp_path: Path, history: st
     summary = fit(config)
     assert summary["samples"] > 0
     with process_group() as ranks:
-        from torchrec_em3.trained_run import open_trained_run
-
         trained = open_trained_run(Path(config.run), ranks)
     after = dict(trained.sharded.model.named_parameters())[IN_TOWER]
     used = torch.from_numpy(np.unique(np.load(codes_only / "codes" / NAME / "codes.npy")[1:, 0])).long()
@@ -200,6 +200,16 @@ def test_new_items_need_more_than_codes(
     fit(config_for(codes_and_tokens, run))
     assert em3(["embed", str(run), "--new_items", str(new)]) == 0
     assert load_file(run / "new_items" / "items.safetensors")["present"].tolist() == [True, False]
+
+
+def test_an_item_that_loses_a_modality_may_lose_its_codes(trained: Path) -> None:
+    with process_group() as ranks:
+        opened = open_trained_run(trained, ranks)
+        content, rows = opened.sharded.model.content, opened.data.item_rows
+        assert content is not None
+        assert content.encode(torch.arange(rows))[1].any()
+        content.tokens = ReducedTokens(content.tokens, rows, share=1.0, seed=0)
+        assert not content.encode(torch.arange(rows))[1].any(), "codes are all they have"
 
 
 def test_a_store_that_lost_its_codes_is_refused(codes_only: Path, tmp_path: Path) -> None:

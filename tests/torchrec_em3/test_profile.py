@@ -11,12 +11,15 @@ import pytest
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
+from tests.coded_data import prepare_coded
 from torchrec_em3.cli import run
 from torchrec_em3.parsing import read_config
 from torchrec_em3.profiling import MODEL_PARTS, PARTS, _Tally
 
 SMALL = ["--loader.batch_size", "128", "--model.embedding_dim", "8", "--steps", "3", "--warm_up", "1"]
-CONTENT_PARTS = {part for part, path in MODEL_PARTS if path.split(".")[0] in ("content", "alignment")}
+CONTENT_PARTS = {part for part, path in MODEL_PARTS if path.split(".")[0] in ("content", "codes", "alignment")}
+TRAINED_ENCODERS = {"encoders"}
+"""Parts that the profiled model lacks: its encoders are frozen."""
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -34,12 +37,13 @@ def rows_of(table: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def profiled(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def profiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("em3")
-    before = digest(tiny_data)
-    whole = ["--model.similarity", "both"]
-    assert run(["profile", "--data", str(tiny_data), "--run", str(folder), *SMALL, *whole]) == 0
-    assert digest(tiny_data) == before
+    data = prepare_coded(tmp_path_factory.mktemp("coded"), encoders=True)
+    before = digest(data)
+    whole = ["--model.similarity", "both", "--model.codes", "features"]
+    assert run(["profile", "--data", str(data), "--run", str(folder), *SMALL, *whole]) == 0
+    assert digest(data) == before
     return folder
 
 
@@ -53,7 +57,7 @@ def test_the_parts_add_up_to_the_step(profiled: Path) -> None:
     known = {name: [float(cell) for cell in cells[:3]] for name, cells in parts.items() if name in PARTS}
     assert sum(both for _, _, both in known.values()) == pytest.approx(float(whole[2]), abs=1e-4 * len(known))
     assert all(both == pytest.approx(forward + backward, abs=1.1e-4) for forward, backward, both in known.values())
-    assert known.keys() == set(PARTS)
+    assert known.keys() == set(PARTS) - TRAINED_ENCODERS
 
 
 def test_backward_time_goes_to_the_part_that_made_the_nodes(profiled: Path) -> None:
@@ -71,7 +75,7 @@ def test_backward_time_goes_to_the_part_that_made_the_nodes(profiled: Path) -> N
 def test_the_trace_is_json_with_the_parts_in_it(profiled: Path) -> None:
     with gzip.open(profiled / "profile" / "trace.json.gz", "rt") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
-    assert {f"em3: {part}" for part, _ in MODEL_PARTS} <= names
+    assert {f"em3: {part}" for part, _ in MODEL_PARTS if part not in TRAINED_ENCODERS} <= names
 
 
 def test_only_the_profile_is_written(profiled: Path) -> None:
