@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 
 from torchrec_em3.checkpoint import CheckpointFolder, training_state
-from torchrec_em3.errors import CheckpointError
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.sharding import ShardedModel
 
@@ -52,7 +52,7 @@ class CheckpointSaver:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.wait()
-        except CheckpointError:
+        except Exception:
             if kind is None:
                 raise
         finally:
@@ -104,9 +104,19 @@ def copy_state(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: copy_state(part) for name, part in value.items()}
     if isinstance(value, ShardedTensor):
-        shards = [Shard(copy_state(shard.tensor), shard.metadata) for shard in value.local_shards()]
-        return ShardedTensor._init_from_local_shards_and_global_metadata(shards, value.metadata())
+        shards = [Shard(copy_state(shard.tensor), _on_host(shard.metadata)) for shard in value.local_shards()]
+        metadata = value.metadata()
+        everywhere = dataclasses.replace(
+            metadata, shards_metadata=[_on_host(shard) for shard in metadata.shards_metadata]
+        )
+        return ShardedTensor._init_from_local_shards_and_global_metadata(shards, everywhere)
     if type(value) is Tensor or isinstance(value, torch.nn.Parameter):
         copied = torch.empty_like(value, device="cpu", requires_grad=False)
         return copied.copy_(value.detach())
     raise TypeError(f"a checkpoint holds tensors alone, not a {type(value).__name__}")
+
+
+def _on_host(shard: ShardMetadata) -> ShardMetadata:
+    """Say that a shard is in the host memory of its rank, where torch looks for what the metadata says."""
+    assert shard.placement is not None, "TorchRec places every shard"
+    return ShardMetadata(shard.shard_offsets, shard.shard_sizes, f"rank:{shard.placement.rank()}/cpu")
