@@ -65,9 +65,7 @@ def main(
                 found[name].append((held - started, trained - started, time.perf_counter() - trained))
     table_bytes = num_users * embedding_dim * 4
     print(f"table of {table_bytes / 1e6:,.0f} MB, {steps} steps of {batch_size}, {rounds} rounds\n")
-    print(
-        "| checkpoint | training stands still, s | save and all steps, s | steps/s | waited for at the end, s |"
-    )
+    print("| checkpoint | training stands still, s | save and all steps, s | steps/s | waited for at the end, s |")
     print("|---|---:|---:|---:|---:|")
     for name, times in found.items():
         stands, total, rest = np.array(times).T
