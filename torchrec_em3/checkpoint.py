@@ -29,7 +29,7 @@ from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import write_json
 from torchrec_em3.sharding import ShardedModel
 
-__all__ = ["CheckpointFolder"]
+__all__ = ["CheckpointFolder", "training_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -143,29 +143,42 @@ class CheckpointFolder:
         Raises:
             CheckpointError: If it cannot be written; earlier checkpoints are untouched.
         """
+        self.write(step, training_state(sharded, self._ranks), progress, self._ranks)
+
+    def write(self, step: int, state: Mapping[str, Any], progress: Mapping[str, Any], ranks: Ranks) -> None:
+        """Write a checkpoint of a state that was taken before, as `save` does. Collective.
+
+        Args:
+            step: See `save`.
+            state: What `training_state` returned, or a copy of it.
+            progress: See `save`.
+            ranks: This process among its peers, with the group in which to agree.
+
+        Raises:
+            CheckpointError: If it cannot be written; earlier checkpoints are untouched.
+        """
         final = self.path(step)
-        if self._ranks.broadcast(final.exists()):
+        if ranks.broadcast(final.exists()):
             return
         temporary = self.folder / f".step-{step}.tmp"
-        if self._ranks.is_first:
+        if ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
-        self._ranks.barrier()
-        state = {**_tensors(sharded), **_random_state(self._ranks)}
-        values = {"step": step, "world_size": self._ranks.world_size, **progress}
+        ranks.barrier()
+        values = {"step": step, "world_size": ranks.world_size, **progress}
         problem = None
         try:
             writer = _Writer(temporary)
-            state_dict_saver.save(state, storage_writer=writer)
-            gathered = self._ranks.gather(writer.digests)
+            state_dict_saver.save(dict(state), storage_writer=writer, process_group=ranks.group)
+            gathered = ranks.gather(writer.digests)
             if gathered is not None:
                 _complete(temporary, values, {name: found for part in gathered for name, found in part.items()})
                 os.rename(temporary, final)
                 manifest.sync(self.folder)
         except (CheckpointException, OSError) as error:
             problem = _one_line(error)
-        problem = self._ranks.broadcast(problem)
+        problem = ranks.broadcast(problem)
         if problem:
-            if self._ranks.is_first:
+            if ranks.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"cannot write checkpoint {final}: {problem}; earlier checkpoints are kept")
         self._good.add(step)
@@ -264,6 +277,11 @@ def _complete(folder: Path, progress: Mapping[str, Any], digests: dict[str, Dige
     own = {name: manifest.digest(folder / name) for name in (METADATA_FILE, PROGRESS_FILE)}
     manifest.write_manifest(folder, digests | own)
     fault_point("save.manifest")
+
+
+def training_state(sharded: ShardedModel, ranks: Ranks) -> dict[str, Any]:
+    """Return the tensors that a checkpoint holds, this rank's random state included; most are the model's own."""
+    return {**_tensors(sharded), **_random_state(ranks)}
 
 
 def _tensors(sharded: ShardedModel, *, optimizer: bool = True) -> dict[str, Any]:

@@ -211,6 +211,8 @@ class TrainConfig:
     """Steps between log lines."""
     keep_checkpoints: int = 1
     """Checkpoints kept besides the best one."""
+    async_checkpoints: bool = False
+    """Write checkpoints in the background, from a copy of the state in host memory, while training goes on."""
     step_timeout: float = 600.0
     """Seconds after which a step that has not ended ends the job, with the stacks of all ranks; 0 waits for ever."""
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from torchrec.distributed.train_pipeline.train_pipelines import TrainPipelineBase
 
 from torchrec_em3.batch import Batch
-from torchrec_em3.errors import NumericError
+from torchrec_em3.checkpoint_saver import CheckpointSaver
+from torchrec_em3.errors import CheckpointError, NumericError
 from torchrec_em3.faults import fault_point
 from torchrec_em3.model import Output
 from torchrec_em3.pending_batch import PendingBatch
@@ -26,12 +27,12 @@ class CheckedPipeline(TrainPipelineBase[PendingBatch, Output]):
     they begin to send them. TorchRec's TrainPipelineSparseDist does as much for modules that it finds by tracing the
     model, and it cannot trace a content path that depends on data.
 
-    Every rank learns of a bad loss or of a request to stop on any rank in the same step.
+    Every rank learns of a bad loss, of a request to stop or of a lost checkpoint on any rank in the same step.
     """
 
-    def __init__(self, sharded: ShardedModel, ranks: Ranks) -> None:
+    def __init__(self, sharded: ShardedModel, ranks: Ranks, saver: CheckpointSaver | None = None) -> None:
         super().__init__(sharded.module, sharded.optimizer, ranks.device)
-        self._sharded, self._ranks = sharded, ranks
+        self._sharded, self._ranks, self._saver = sharded, ranks, saver
         self._next: PendingBatch | None = None
         self.stop_requested = False
         self.stop_agreed = False
@@ -60,15 +61,19 @@ class CheckedPipeline(TrainPipelineBase[PendingBatch, Output]):
         if self._next is not None:
             with self._stream_context(self._memcpy_stream):
                 self._next.send()
-        state = torch.stack(
-            [torch.isfinite(losses.detach()).float(), losses.new_tensor(float(not self.stop_requested))]
-        )
+        lost = self._saver is not None and self._saver.failed
+        flags = losses.new_tensor([float(not self.stop_requested), float(not lost)])
+        state = torch.cat([torch.isfinite(losses.detach()).float().reshape(1), flags])
         if self._ranks.world_size > 1:
             dist.all_reduce(state, op=dist.ReduceOp.MIN)
-        finite, go_on = state.tolist()
+        finite, go_on, saved = state.tolist()
         self.stop_agreed = not go_on
         if not finite:
             raise NumericError(f"loss is {float(losses.detach())} on rank {self._ranks.rank}")
+        if not saved:
+            assert self._saver is not None, "what is not there loses nothing"
+            self._saver.wait()
+            raise CheckpointError("a checkpoint could not be written on another rank; earlier ones are kept")
         fault_point("backward")
         losses.backward()  # type: ignore[no-untyped-call]
         fault_point("optimizer")

@@ -28,7 +28,7 @@ class Ranks:
         world_size: Number of processes.
         local_world_size: Number of processes on this machine.
         device: Where this process computes.
-        group: The process group for the model's collectives.
+        group: The process group of all of them; the exchanges below use it, and the model does.
     """
 
     rank: int
@@ -47,18 +47,18 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         gathered: list[Any] | None = [None] * self.world_size if self.is_first else None
-        dist.gather_object(value, gathered)
+        dist.gather_object(value, gathered, group=self.group)
         return gathered
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's `value` on every rank. Collective."""
         box = [value]
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, group=self.group)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        dist.barrier()
+        dist.barrier(group=self.group)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from torchrec_em3.batch import Batch
 from torchrec_em3.checkpoint import CheckpointFolder
+from torchrec_em3.checkpoint_saver import CheckpointSaver
 from torchrec_em3.config import Config
 from torchrec_em3.datasets.loader import BatchStream, batch_loader
 from torchrec_em3.datasets.prepared import PreparedData
@@ -102,7 +103,11 @@ class Trainer:
             world_size=ranks.world_size,
             seed=config.seed,
         )
-        self._pipeline = CheckedPipeline(sharded, ranks)
+        options = config.train
+        self._saver = CheckpointSaver(
+            self.checkpoints, ranks, background=options.async_checkpoints, keep=options.keep_checkpoints
+        )
+        self._pipeline = CheckedPipeline(sharded, ranks, self._saver)
         self._watchdog = StepWatchdog(config.train.step_timeout, ranks.rank)
         self._log = RunLog(run, ranks.is_first)
         self._averages = _Averages()
@@ -116,10 +121,11 @@ class Trainer:
         Raises:
             NumericError: If a loss is not finite; the step is not applied.
             Preempted: After SIGTERM, once a checkpoint is saved.
+            CheckpointError: If a checkpoint cannot be written.
         """
         if resume:
             self._resume()
-        with self._stop_on_sigterm(), self._watchdog:
+        with self._stop_on_sigterm(), self._watchdog, self._saver:
             while self.progress.epoch < self._config.train.epochs and not self._exhausted():
                 self._train_epoch()
             if self.progress.best_step < 0:
@@ -197,6 +203,7 @@ class Trainer:
             self._log_train()
         if self._pipeline.stop_agreed:
             self._save()
+            self._saver.wait()
             raise Preempted(f"stopped by SIGTERM at step {progress.step}; continue with --resume")
         return True
 
@@ -248,8 +255,7 @@ class Trainer:
         gathered = self._ranks.gather(self.progress.cpu_seconds)
         cpu_seconds = sum(gathered) if gathered is not None else 0.0
         saved = asdict(self.progress) | {"cpu_seconds": cpu_seconds}
-        self.checkpoints.save(self.progress.step, self._sharded, saved)
-        self.checkpoints.retain({self.progress.best_step}, self._config.train.keep_checkpoints)
+        self._saver.save(self.progress.step, self._sharded, saved, self.progress.best_step)
 
     def _resume(self) -> None:
         saved = self.checkpoints.load(self.checkpoints.newest_good(), self._sharded)

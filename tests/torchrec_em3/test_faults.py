@@ -18,6 +18,7 @@ from torchrec_em3.faults import VARIABLE, fault_point
 ROOT = Path(torchrec_em3.__file__).parents[1]
 SAVE_PLACES = ["save.start", "save.shard", "save.metadata", "save.progress", "save.manifest", "save.done"]
 STEP_PLACES = ["step", "backward", "optimizer", "validate", "load"]
+IN_BACKGROUND = ["--train.async_checkpoints", "true"]
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1", "-m"]
 SECONDS = 200
 
@@ -98,19 +99,31 @@ def test_killed_at_random_instants(tiny_data: Path, tmp_path: Path, calm: Path) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("places", [SAVE_PLACES[:3], SAVE_PLACES[3:], STEP_PLACES], ids=["files", "commit", "steps"])
-def test_killed_at_each_place(tiny_data: Path, tmp_path: Path, calm: Path, places: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("places", "options"),
+    [
+        (SAVE_PLACES[:3], []),
+        (SAVE_PLACES[3:], []),
+        (STEP_PLACES, []),
+        (SAVE_PLACES[:3], IN_BACKGROUND),
+        (SAVE_PLACES[3:], IN_BACKGROUND),
+    ],
+    ids=["files", "commit", "steps", "files in background", "commit in background"],
+)
+def test_killed_at_each_place(
+    tiny_data: Path, tmp_path: Path, calm: Path, places: list[str], options: list[str]
+) -> None:
     run = tmp_path / "run"
     before: set[str] = set()
     for number, place in enumerate(places):
         count = {"load": 1, "step": 20}.get(place, 2)
-        resume = ["--resume"] if number else []
+        resume = [*options, *(["--resume"] if number else [])]
         fault = f"{place}:0:{count}:kill"
         assert finish(command(tiny_data, run, *resume), tmp_path / "log", fault) == -signal.SIGKILL, place
         saved = {path.name for path in (run / "checkpoints").glob("step-*")}
         assert saved, "a good checkpoint is there at any time"
         before |= saved
-    assert finish(command(tiny_data, run, "--resume"), tmp_path / "log") == 0
+    assert finish(command(tiny_data, run, *options, "--resume"), tmp_path / "log") == 0
     assert len(before) > 1, "the run went on between the kills"
     assert not list((run / "checkpoints").glob(".step-*")), "what a cut-off save leaves is removed"
     same_result(run, calm)
@@ -126,10 +139,14 @@ def calm_two(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("place", ["optimizer:1:16", "save.shard:1:3"])
-def test_torchrun_continues_when_a_rank_is_killed(tiny_data: Path, tmp_path: Path, calm_two: Path, place: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "options"), [("optimizer:1:16", []), ("save.shard:1:3", []), ("save.shard:1:3", IN_BACKGROUND)]
+)
+def test_torchrun_continues_when_a_rank_is_killed(
+    tiny_data: Path, tmp_path: Path, calm_two: Path, place: str, options: list[str]
+) -> None:
     run = tmp_path / "run"
-    assert finish([*TORCHRUN, *command(tiny_data, run)], tmp_path / "log", f"{place}:kill") == 0
+    assert finish([*TORCHRUN, *command(tiny_data, run, *options)], tmp_path / "log", f"{place}:kill") == 0
     assert "resumed at step" in (tmp_path / "log").read_text(), "the second attempt went on from a checkpoint"
     same_result(run, calm_two)
 

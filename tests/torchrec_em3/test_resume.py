@@ -11,10 +11,10 @@ import pytest
 
 import tests.tiny_parts  # noqa: F401
 from torchrec_em3 import train as train_module
-from torchrec_em3.commands.train import train
+from torchrec_em3.commands.train import main, train
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig
 from torchrec_em3.errors import ConfigError, NumericError, Preempted
-from torchrec_em3.parsing import resolve_parts
+from torchrec_em3.parsing import dump_config, resolve_parts
 from torchrec_em3.process_group import process_group
 
 
@@ -146,3 +146,28 @@ def test_resume_refuses_other_options_and_missing_runs(
         fit(dataclasses.replace(config, seed=1), resume=True)
     with pytest.raises(ConfigError, match="holds no run"):
         fit(dataclasses.replace(config, run=str(tmp_path / "nowhere")), resume=True)
+
+
+@pytest.mark.slow
+def test_a_restartable_run_starts_anew_or_goes_on(
+    tiny_data: Path, tmp_path: Path, calm: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler starts the same command again: killed before a checkpoint, after one, and at the end."""
+    config = config_for(tiny_data, tmp_path / "run")
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--restartable"]
+    original = train_module.Trainer._train_step
+    for last in (3, 12):
+
+        def step(self: Any, batches: Any, last: int = last) -> bool:
+            if self.progress.step == last:
+                raise KeyboardInterrupt
+            return original(self, batches)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module.Trainer, "_train_step", step)
+            with pytest.raises(KeyboardInterrupt):
+                main(arguments)
+    for _ in range(2):
+        main(arguments)
+        assert lines(tmp_path / "run") == lines(calm[0])

@@ -1,39 +1,29 @@
 import ast
-import json
 import shlex
 from pathlib import Path
 
 import pytest
 from torchx.components.component_test_base import ComponentTestCase
-from torchx.runner import get_runner
-from torchx.specs import AppDef
+from torchx.specs import AppDef, BindMount, VolumeMount, named_resources
 
-from torchrec_em3.torchx_specs import train
+from tests.torchx_specs.components import arguments_of, component
+from torchrec_em3.torchx_specs import process, train
 
-FILE = Path(train.__file__)
 TRAINING = ["--config", "configs/movielens.yaml", "--data", "my data", "--run", "runs/a"]
 FORWARDED = ["--run_folder" if word == "--run" else word for word in TRAINING]
+EVERY = {
+    "train": TRAINING,
+    "evaluate": ["--run", "runs/a"],
+    "embed": ["--run", "runs/a", "--out", "items"],
+    "benchmark": TRAINING,
+}
 
 
-class TrainSpecTest(ComponentTestCase):
+class SpecsTest(ComponentTestCase):
     def test_components_are_valid(self) -> None:
-        self.validate(train, "ddp")
-        self.validate(train, "evaluate")
-
-
-def component(name: str, arguments: list[str], scheduler: str = "local_cwd") -> tuple[AppDef, str]:
-    """Parse command-line arguments as `torchx run` does; return the application and the scheduler's request."""
-    with get_runner("test") as runner:
-        info = runner.dryrun_component(f"{FILE}:{name}", arguments, scheduler, cfg={})
-        assert info._app is not None
-        return info._app, str(info)
-
-
-def worker_arguments(app: AppDef) -> list[str]:
-    """Return what follows `torchrun ... -m torchrec_em3`."""
-    words = shlex.split(app.roles[0].args[1])
-    assert words[0] == "torchrun"
-    return words[words.index("torchrec_em3", words.index("-m")) + 1 :]
+        for module in (train, process):
+            for name in module.__all__:
+                self.validate(module, name)
 
 
 def option(app: AppDef, name: str) -> str:
@@ -43,63 +33,77 @@ def option(app: AppDef, name: str) -> str:
 
 def test_arguments_are_forwarded_exactly():
     extra = ["--model.content", "none", "--model.content_options.note", "a b; $HOME 'q'"]
-    app, _ = component("ddp", ["-j", "1x2", *TRAINING, "--seed", "3", "--", *extra])
-    assert worker_arguments(app) == ["train", *FORWARDED, "--seed", "3", *extra]
+    app, _ = component("train", "train", ["-j", "1x2", *TRAINING, "--seed", "3", "--", *extra])
+    assert arguments_of(app) == ["train", *FORWARDED, "--seed", "3", "--restartable", *extra]
     assert option(app, "--nproc_per_node") == "2"
     assert option(app, "--nnodes") == "1"
 
 
-def test_defaults_leave_the_preset_in_charge():
-    app, _ = component("ddp", TRAINING)
-    assert worker_arguments(app) == ["train", *FORWARDED]
-    assert app.roles[0].env["OMP_NUM_THREADS"] == "1"
-    assert "PET_MAX_RESTARTS" not in app.roles[0].env
-    assert app.roles[0].max_retries == 0
-
-
 def test_retries_set_both_restart_variables():
-    app, _ = component("ddp", [*TRAINING, "--max_retries", "4", "--threads", "2"])
+    app, _ = component("train", "train", [*TRAINING, "--max_retries", "4", "--threads", "2"])
     role = app.roles[0]
     assert role.env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert role.env["PET_MAX_RESTARTS"] == "4"
     assert role.env["OMP_NUM_THREADS"] == "2"
     assert role.max_retries == 4
-    assert worker_arguments(app) == ["train", *FORWARDED]
 
 
-def test_resume_is_a_flag():
-    assert worker_arguments(component("ddp", [*TRAINING, "--resume", "true"])[0]) == ["train", *FORWARDED, "--resume"]
-    assert worker_arguments(component("ddp", [*TRAINING, "--resume", "false"])[0]) == ["train", *FORWARDED]
+@pytest.mark.parametrize("name", EVERY)
+def test_every_gang_gets_environment_mounts_and_resources(name: str):
+    mounts = "type=bind,src=/a,dst=/data,readonly,type=volume,src=claim,dst=/runs"
+    arguments = [*EVERY[name], "-j", "2x8", "--env", "A=1,OMP_NUM_THREADS=6", "--mounts", mounts]
+    app, _ = component("train", name, [*arguments, "--h", "aws_p4d.24xlarge", "--image", "em3:1"])
+    role = app.roles[0]
+    assert role.env["A"] == "1"
+    assert role.env["OMP_NUM_THREADS"] == "6", "what the caller says comes last"
+    assert role.env["PET_MAX_RESTARTS"] == "0"
+    assert role.env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert role.mounts == [BindMount("/a", "/data", read_only=True), VolumeMount("claim", "/runs")]
+    assert role.resource == named_resources["aws_p4d.24xlarge"]
+    assert (role.num_replicas, role.image) == (2, "em3:1")
 
 
-@pytest.mark.parametrize("scheduler", ["local_cwd", "slurm"])
-def test_dry_run(scheduler):
-    resources = ["--cpu", "7", "--memMB", "5000", "--gpu", "2", "--max_retries", "1"]
-    app, request = component("ddp", ["-j", "2x2", *TRAINING, *resources], scheduler)
-    assert app.roles[0].num_replicas == 2
-    resource = app.roles[0].resource
-    assert (resource.cpu, resource.memMB, resource.gpu) == (7, 5000, 2)
-    for word in ("torchrec_em3", "configs/movielens.yaml", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "PET_MAX_RESTARTS"):
-        assert word in request
-    if scheduler == "slurm":
-        assert "--cpus-per-task=7" in request
-        assert "--mem=5000" in request
+def test_the_other_gangs_forward_their_arguments():
+    evaluate, _ = component("train", "evaluate", ["--run", "runs/a", "--", "--split", "test"])
+    assert arguments_of(evaluate) == ["evaluate", "runs/a", "--data=", "--split", "test"]
+    embed, _ = component("train", "embed", ["--run", "runs/a", "--out", "o", "--data", "d", "--", "--faiss"])
+    assert arguments_of(embed) == ["embed", "runs/a", "--out", "o", "--data=d", "--faiss"]
+    benchmark, _ = component("train", "benchmark", [*TRAINING, "--steps", "3"])
+    assert arguments_of(benchmark) == ["profile", *FORWARDED, "--steps", "3"]
 
 
-def test_evaluate_forwards_the_run_folder():
-    app, _ = component("evaluate", ["--run", "runs/a", "-j", "1x2", "--", "--split", "test"])
-    assert worker_arguments(app) == ["evaluate", "runs/a", "--split", "test"]
-    assert app.roles[0].env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
-    assert json.loads(json.dumps(app.roles[0].env))["OMP_NUM_THREADS"] == "1"
+def test_commands_of_one_process_forward_their_arguments():
+    prepare, _ = component("process", "prepare", ["--kind", "movielens", "--out", "d", "--", "--source", "ml 1m"])
+    assert arguments_of(prepare) == ["prepare", "movielens", "--out", "d", "--source", "ml 1m"]
+    plan, _ = component("process", "plan", ["--topology", "8xH100", "--out", "o", "--", "--rows", "user=1e6,item=1e6"])
+    assert arguments_of(plan) == ["plan", "--topology", "8xH100", "--out", "o", "--rows", "user=1e6,item=1e6"]
+    serve, _ = component("process", "serve", ["--package", "p", "--port", "9000", "--replicas", "3"])
+    assert arguments_of(serve) == ["serve", "p", "--host", "127.0.0.1", "--port", "9000"]
+    assert serve.roles[0].port_map == {"http": 9000}
+    assert serve.roles[0].num_replicas == 3
 
 
-def test_required_arguments_are_asked_for():
+@pytest.mark.parametrize("missing", ["--config", "--data", "--run"])
+def test_required_arguments_are_asked_for(missing: str, capsys: pytest.CaptureFixture[str]):
+    place = TRAINING.index(missing)
     with pytest.raises(SystemExit):
-        component("ddp", ["--config", "a.yaml", "--data", "d"])
+        component("train", "train", TRAINING[:place] + TRAINING[place + 2 :])
+    assert f"the following arguments are required: {missing}" in capsys.readouterr().err
 
 
-def test_the_file_imports_torchx_alone():
-    tree = ast.parse(FILE.read_text())
+@pytest.mark.parametrize(("file", "module"), [("train", train), ("process", process)])
+def test_help_says_what_every_argument_is(file: str, module: object, capsys: pytest.CaptureFixture[str]):
+    for name in module.__all__:  # type: ignore[attr-defined]
+        with pytest.raises(SystemExit):
+            component(file, name, ["--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "container image with torchrec-em3 installed" in text
+        assert "mounts, type=bind|volume" in text
+
+
+@pytest.mark.parametrize("module", [train, process])
+def test_the_files_import_torchx_alone(module: object):
+    tree = ast.parse(Path(str(module.__file__)).read_text())  # type: ignore[attr-defined]
     imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     imported += [str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert {name.split(".")[0] for name in imported} == {"torchx", "typing"}

@@ -30,9 +30,9 @@ def main(arguments: Sequence[str]) -> None:
     with process_group() as ranks:
         configure_logging(ranks.is_first)
         resume, overwrite = values.resume, values.overwrite
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-            # torchrun starts the gang again with the same arguments after a failure: go on, or begin anew if nothing
-            # is saved.
+        if values.restartable or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+            # torchrun, or a scheduler, starts the gang again with the same arguments after a failure: go on, or begin
+            # anew if nothing is saved.
             resume = ranks.broadcast(CheckpointFolder(Path(config.run) / "checkpoints", ranks).was_used())
             overwrite = not resume
         train(config, ranks, resume=resume, overwrite=overwrite, evaluate=not values.skip_evaluation)
@@ -41,6 +41,12 @@ def main(arguments: Sequence[str]) -> None:
 def _add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--resume", action="store_true", help="Continue the run from its last checkpoint.")
     parser.add_argument("--overwrite", action="store_true", help="Replace a run that the folder holds already.")
+    parser.add_argument(
+        "--restartable",
+        action="store_true",
+        help="Continue the run if the folder holds a checkpoint of it, or else start it: for schedulers that start the "
+        "same command again.",
+    )
     parser.add_argument(
         "--skip_evaluation",
         action="store_true",
