@@ -37,7 +37,9 @@ class _RowData(PreparedData):
         users, items = rows.num_users, rows.num_items
         counts = {"users": users, "items": items, "known_users": users, "known_items": items}
         features = [{"name": "user", "rows": users + 1}]
-        return cls(folder, {"counts": counts, "user_features": features, "modalities": modalities}, rows)
+        tasks = [{"name": "label"}]
+        meta = {"counts": counts, "user_features": features, "modalities": modalities, "tasks": tasks}
+        return cls(folder, meta, rows)
 
     @cached_property
     def history_offsets(self) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.histories.shared import any_token
 from torchrec_em3.components.interfaces import HistoryItems, ItemSource
 from torchrec_em3.errors import ConfigError
@@ -86,7 +87,7 @@ class LoraTowerHistory(nn.Module):
         self._synchronise(tower)
         # Embeddings of codes and trained encoders are weights of the target branch, which is not trained from here.
         with torch.no_grad():
-            tokens = source.tokens()
+            tokens = {name: ModalityTokens(rows.detach(), valid) for name, (rows, valid) in source.tokens().items()}
         bias_D = None if projection.bias is None else projection.bias.detach()
         return HistoryItems(self.tower(tokens), any_token(tokens), projection.weight.detach(), bias_D)
 
