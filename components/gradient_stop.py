@@ -1,6 +1,6 @@
 """A point that no gradient passes, where DistributedDataParallel waits for one."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ class _Stop(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Return a gradient of zero."""
         return torch.zeros_like(gradient)
 
@@ -25,4 +25,5 @@ def stop_gradient(value: Tensor) -> Tensor:
 
     `Tensor.detach` would give none, and DistributedDataParallel refuses parameters without.
     """
-    return cast(Tensor, _Stop.apply(value))
+    stopped: Tensor = _Stop.apply(value)  # type: ignore[no-untyped-call]
+    return stopped

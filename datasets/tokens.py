@@ -60,9 +60,8 @@ class _Writer:
         form = stored_form(encoder, _name(encoder), cut)
         shape = (rows, form.encoder.max_tokens, form.encoder.dim)
         # A new file reads as zeros without taking space, so rows that are never written need nothing.
-        self.tokens_NTD = open_memmap(
-            folder / "tokens.npy", mode="w+", dtype=torch.empty(0, dtype=form.dtype).numpy().dtype, shape=shape
-        )
+        dtype = form.record.get("dtype", "float16")
+        self.tokens_NTD = open_memmap(folder / "tokens.npy", mode="w+", dtype=dtype, shape=shape)
         self.lengths_N = np.zeros(rows, dtype=np.int32)
         self.present_N = np.zeros(rows, dtype=np.bool_)
         self.not_finite = 0

@@ -27,7 +27,7 @@ def normalise(pixels_nHWC: Tensor) -> Tensor:
 def lower_blocks(model: EfficientNetLite0, cut: int) -> EfficientNetLite0:
     """Return a copy of the model that ends after block `cut`; its tokens are the places of that feature map."""
     part = copy.deepcopy(model)
-    part.blocks = part.blocks[:cut]
+    part.blocks = nn.Sequential(*list(part.blocks)[:cut])
     return part
 
 
@@ -58,16 +58,16 @@ class ImageSuffix(nn.Module):
     def __init__(self, model: EfficientNetLite0, cut: int) -> None:
         super().__init__()
         self.stem = None if cut else copy.deepcopy(model.stem)
-        self.layers = nn.ModuleList(copy.deepcopy(block) for block in model.blocks[cut:])
+        self.layers = nn.ModuleList(copy.deepcopy(list(model.blocks)[cut:]))
 
     def forward(self, rows_UPW: Tensor, valid_UP: Tensor) -> ModalityTokens:
         """Return the tokens [U, T, D] of the last block."""
         if self.stem is None:
             side = math.isqrt(rows_UPW.shape[1])
-            features_UCSS = rows_UPW.transpose(1, 2).unflatten(2, (side, side))
+            features_UCSS = rows_UPW.transpose(1, 2).reshape(len(rows_UPW), -1, side, side)
         else:
             # The stem's own precision, so that it can be checked in double.
-            pixels_UCSS = normalise(rows_UPW.unflatten(2, (-1, 3)))
+            pixels_UCSS = normalise(rows_UPW.reshape(*rows_UPW.shape[:2], -1, 3))
             features_UCSS = self.stem(pixels_UCSS.to(self.stem.conv.weight.dtype))
         for block in self.layers:
             features_UCSS = block(features_UCSS)

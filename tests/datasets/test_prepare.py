@@ -288,6 +288,8 @@ def test_a_failing_last_rename_puts_the_old_folder_back(tmp_path: Path, monkeypa
         ({"max_part_rows": 0}, r"option max_part_rows is 0"),
         ({"seed": -1}, r"option seed is -1"),
         ({"label_threshold": float("nan")}, r"option label_threshold is nan"),
+        ({"text_cut": 2}, r"--text_cut is 2, but --text_encoder is none; name an encoder"),
+        ({"text_cut": 2, "text_encoder": "tiny_text"}, r"encoder 'tiny_text' \(tiny_text\) cannot be cut"),
         ({"text_encoder": "tiny_txt"}, r"unknown encoder 'tiny_txt'.*Did you mean 'tiny_text'"),
         ({"text_encoder": "tiny_image"}, r"encoder 'tiny_image' encodes image; choose it as image_encoder"),
         ({"text_encoder_options": {"max_token": 8}, "text_encoder": "minilm"}, r"no option 'max_token'.*'max_tokens'"),
