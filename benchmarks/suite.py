@@ -25,6 +25,7 @@ class DataSet:
         arguments: Arguments of `em3 prepare` besides --out and --split; paths are below the folder of data sets.
         splits: Splits to prepare.
         groups: Groups of rows to run on it.
+        without: Names of rows to leave out.
         options: Options of `em3 train` for every row on it.
     """
 
@@ -32,6 +33,7 @@ class DataSet:
     arguments: tuple[str, ...]
     splits: tuple[str, ...]
     groups: tuple[str, ...]
+    without: tuple[str, ...]
     options: Options
 
 
@@ -80,7 +82,7 @@ class Suite:
         for dataset in self.datasets:
             for split in dataset.splits:
                 for row in self.rows:
-                    if row.group in dataset.groups:
+                    if row.group in dataset.groups and row.name not in dataset.without:
                         yield dataset, split, row
 
 
@@ -105,7 +107,8 @@ def _dataset(name: str, read: dict[str, Any], folder: Path) -> DataSet:
         # The publisher's file where it is there, else the part of it that may be shared.
         found = [candidate for candidate in names if (source / candidate).is_file()]
         arguments += [f"--{option}", found[0]] if found else []
-    return DataSet(name, tuple(arguments), tuple(read["splits"]), tuple(read["groups"]), read.get("options", {}))
+    splits, groups, without = (tuple(read.get(key, ())) for key in ("splits", "groups", "without"))
+    return DataSet(name, tuple(arguments), splits, groups, without, read.get("options", {}))
 
 
 def _rows() -> Iterator[Row]:

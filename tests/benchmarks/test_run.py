@@ -185,4 +185,5 @@ def test_all_suites_can_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     suite = load(monkeypatch, "suite")
     for name in ("movielens", "amazon"):
         cells = list(suite.load_suite(name, tmp_path).cells())
+        assert all(row.name not in dataset.without for dataset, _, row in cells)
         assert len({(dataset.name, split, row.group, row.label) for dataset, split, row in cells}) == len(cells) > 20
