@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.errors import ConfigError
-from torchrec_em3.export_parity import measure_parity
+from torchrec_em3.export_parity import Parity, measure_parity
 from torchrec_em3.export_tables import catalogue_content, id_tables
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import write_json
@@ -46,13 +46,15 @@ class Exported(NamedTuple):
     """What came of an export.
 
     Attributes:
-        config: What the package says of itself, parity included.
+        version: Name of the package.
+        parity: How its logits compare with the model's.
         table_bytes: Size of its tables and content.
         float_bytes: Size of the same in float32.
         package_bytes: Size of all its files.
     """
 
-    config: PackageConfig
+    version: str
+    parity: Parity
     table_bytes: int
     float_bytes: int
     package_bytes: int
@@ -78,12 +80,12 @@ def export_package(trained: TrainedRun, out: Path, precision: Precision, ranks: 
         _write_vocabularies(folder, trained.data)
         config = _config(folder, trained, precision)
         write_json(folder / CONFIG_FILE, config.as_dict())
-        parity = measure_parity(Scorer(folder), trained, precision, ranks)
+        parity = measure_parity(Scorer(folder), trained, ranks)
         config = dataclasses.replace(config, parity=parity._asdict())
         write_json(folder / CONFIG_FILE, config.as_dict())
         write_manifest(folder)
         package_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Exported(config, (out / TABLES_FILE).stat().st_size, float_bytes, package_bytes)
+    return Exported(config.version, parity, (out / TABLES_FILE).stat().st_size, float_bytes, package_bytes)
 
 
 def require_one_process(ranks: Ranks) -> None:

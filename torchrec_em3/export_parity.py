@@ -1,24 +1,27 @@
-"""Whether a package scores as the trained model does, measured on the whole validation split by raw ids."""
+"""Whether an export scores as the trained model does, on the whole validation split; a package is asked by raw ids.
+
+Shape letters: B rows of the split.
+"""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_em3.datasets.prepared import PreparedData
+from torchrec_em3.datasets.prepared import PreparedData, Split
 from torchrec_em3.errors import NumericError
-from torchrec_em3.evaluate import predict, refresh_bank
+from torchrec_em3.evaluate import Predictions, predict, refresh_bank
 from torchrec_em3.metrics import ranking_metrics
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.serving.rows import Precision
 from torchrec_em3.serving.scorer import Request, Scorer
 from torchrec_em3.trained_run import TrainedRun
 
-__all__ = ["MAX_AUC_CHANGE", "MAX_LOGIT_CHANGE", "Parity", "measure_parity", "split_requests"]
+__all__ = ["Parity", "compare", "measure_parity", "model_predictions", "split_requests"]
 
 MAX_LOGIT_CHANGE = 1e-5
-"""Largest change of a logit of a float32 package, absolute up to a logit of 1 and relative beyond."""
+"""Largest change of a logit of a float32 export, absolute up to a logit of 1 and relative beyond."""
 MAX_AUC_CHANGE = 1e-3
 """Largest change of the AUC of a package of a lower precision."""
 ROWS_AT_A_TIME = 4096
@@ -40,28 +43,41 @@ class Parity(NamedTuple):
     package_auc: float | None
 
 
-def measure_parity(scorer: Scorer, trained: TrainedRun, precision: Precision, ranks: Ranks) -> Parity:
+def measure_parity(scorer: Scorer, trained: TrainedRun, ranks: Ranks) -> Parity:
     """Score the validation split by the model and by the package.
 
     Raises:
         NumericError: If the two differ by more than the limits above.
     """
-    refresh_bank(trained.sharded, ranks)
-    expected = predict(trained.sharded, trained.data, "validation", trained.config, ranks)
-    trained.sharded.module.eval()
-    assert expected is not None, "a single process is rank 0"
+    expected = model_predictions(trained, ranks)
     parts = [scorer.logits(part) for part in split_requests(trained.data, "validation", scorer.config.max_history)]
-    logit = np.concatenate([logit for part in parts for logit in part])
-    auc, package_auc = (_auc(expected.label, each) for each in (expected.logit, logit))
-    change = np.abs(logit - expected.logit)
-    parity = Parity(len(logit), float(change.max()), auc, package_auc)
+    return compare(np.concatenate([logit for part in parts for logit in part]), expected, scorer.config.precision)
+
+
+def model_predictions(trained: TrainedRun, ranks: Ranks) -> Predictions:
+    """Score the validation split as `em3 evaluate` does, with one process; refreshes the content bank."""
+    refresh_bank(trained.sharded, ranks)
+    predictions = predict(trained.sharded, trained.data, "validation", trained.config, ranks)
+    trained.sharded.module.eval()
+    assert predictions is not None, "a single process is rank 0"
+    return predictions
+
+
+def compare(logit_B: NDArray, expected: Predictions, precision: Precision) -> Parity:
+    """Return how `logit_B` compares with the model's predictions.
+
+    Raises:
+        NumericError: If the two differ by more than the limits above.
+    """
+    auc, package_auc = (_auc(expected.label, each_B) for each_B in (expected.logit, logit_B))
+    change_B = np.abs(logit_B - expected.logit)
     if precision == "fp32":
-        excess = change / np.maximum(1.0, np.abs(expected.logit))
-        if not excess.max() <= MAX_LOGIT_CHANGE:
+        excess_B = change_B / np.maximum(1.0, np.abs(expected.logit))
+        row = int(excess_B.argmax())
+        if not excess_B[row] <= MAX_LOGIT_CHANGE:
             raise NumericError(
-                f"the fp32 package changes the logit of validation row {excess.argmax()} from "
-                f"{expected.logit[excess.argmax()]} to {logit[excess.argmax()]}, more than {MAX_LOGIT_CHANGE} allows; "
-                "nothing was written"
+                f"the export changes the logit of validation row {row} from {expected.logit[row]} to {logit_B[row]}, "
+                f"more than {MAX_LOGIT_CHANGE} allows; nothing was written"
             )
     elif auc is None or package_auc is None:
         raise NumericError("the validation split has one label only, so the change of AUC is undefined; use fp32")
@@ -70,10 +86,10 @@ def measure_parity(scorer: Scorer, trained: TrainedRun, precision: Precision, ra
             f"the {precision} package changes the validation AUC from {auc:.5f} to {package_auc:.5f}, more than the "
             f"{MAX_AUC_CHANGE} allowed; nothing was written; use a higher --precision"
         )
-    return parity
+    return Parity(len(logit_B), float(change_B.max()), auc, package_auc)
 
 
-def split_requests(data: PreparedData, split: Any, max_history: int) -> Iterator[list[Request]]:
+def split_requests(data: PreparedData, split: Split, max_history: int) -> Iterator[list[Request]]:
     """Yield the rows of a split as requests of one candidate, some at a time and in the split's order."""
     columns = data.split_rows(split)
     items, users = (np.array(table["raw_id"].to_pylist(), dtype=object) for table in (data.items, data.users))
