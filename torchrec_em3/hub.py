@@ -149,9 +149,7 @@ def _unsharded(trained: TrainedRun, schema: FeatureSchema) -> EM3Model:
 def _logits(model: EM3Model, trained: TrainedRun) -> np.ndarray:
     """Score the validation split."""
     loader = trained.config.loader
-    stream = BatchStream(
-        trained.data, "validation", batch_size=loader.batch_size, max_history=loader.max_history
-    )
+    stream = BatchStream(trained.data, "validation", batch_size=loader.batch_size, max_history=loader.max_history)
     parts = [model(batch)[1].logit[batch.weight > 0] for batch in batch_loader(stream)]
     return torch.cat(parts).numpy()
 

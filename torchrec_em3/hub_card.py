@@ -34,8 +34,9 @@ from torchrec_em3.hub import from_pretrained
 model = from_pretrained("THIS FOLDER OR REPOSITORY")
 ```
 
-The model takes rows of the catalogue and of the user table in a `torchrec_em3.batch.Batch`, as `torchrec_em3.datasets.loader` makes
-them of the prepared data. To score by raw ids, export the run as a package: `em3 export RUN --out PACKAGE`.
+The model takes rows of the catalogue and of the user table in a `torchrec_em3.batch.Batch`, as
+`torchrec_em3.datasets.loader` makes them of the prepared data.
+To score by raw ids, export the run as a package: `em3 export RUN --out PACKAGE`.
 """
 
 

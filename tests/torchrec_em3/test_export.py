@@ -36,9 +36,7 @@ def package(run: Path) -> Path:
     return export(run, run.parent / "package", "fp32")
 
 
-def test_the_package_scores_the_test_split_as_it_was_evaluated(
-    run: Path, package: Path, tiny_cold_data: Path
-) -> None:
+def test_the_package_scores_the_test_split_as_it_was_evaluated(run: Path, package: Path, tiny_cold_data: Path) -> None:
     """Cold items, unknown users and short histories included; the validation split was compared by the export."""
     evaluated = np.load(run / "predictions" / "test.npz")
     scorer = Scorer.load(package)

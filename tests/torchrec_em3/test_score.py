@@ -51,7 +51,9 @@ def test_ids_may_be_integers_and_rows_of_one_history_share_a_request(
     scorer = Scorer.load(package)
     known = scorer.config.user_features[1:]
     items = list(range(1, 11))
-    table = pa.table({"user": [1] * 10, "history": [[3, 4]] * 10, "item": items, **{name: ["?"] * 10 for name in known}})
+    table = pa.table(
+        {"user": [1] * 10, "history": [[3, 4]] * 10, "item": items, **{name: ["?"] * 10 for name in known}}
+    )
     pq.write_table(table, tmp_path / "in.parquet")
     sizes: list[int] = []
     score = Scorer.score

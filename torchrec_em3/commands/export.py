@@ -28,7 +28,10 @@ def main(arguments: Sequence[str]) -> None:
         "--format", choices=["package", "hub"], default="package", help="hub: model.safetensors, config, model card."
     )
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default=None, help="How a package stores tables and content; int8 by default."
+        "--precision",
+        choices=PRECISIONS,
+        default=None,
+        help="How a package stores its tables; int8 by default.",
     )
     parser.add_argument("--data", type=str, default="", help="Prepared folder, if it has moved since training.")
     values = parser.parse(arguments)

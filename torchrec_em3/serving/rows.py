@@ -12,7 +12,7 @@ import fbgemm_gpu  # noqa: F401  registers torch.ops.fbgemm
 import torch
 from torch import Tensor
 
-__all__ = ["PRECISIONS", "Precision", "PackedTable", "pack_rows"]
+__all__ = ["PRECISIONS", "PackedTable", "Precision", "pack_rows"]
 
 Precision = Literal["int8", "fp16", "fp32", "int4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

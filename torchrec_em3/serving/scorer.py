@@ -155,9 +155,7 @@ class Scorer:
         logit_RK = self._graph(*inputs)
         if not bool(torch.isfinite(logit_RK).all()):
             raise NumericError(f"a logit of package {self.config.version} is not finite; export the run again")
-        return [
-            logit_K[: len(request.candidates)].numpy() for logit_K, request in zip(logit_RK, requests, strict=True)
-        ]
+        return [logit_K[: len(request.candidates)].numpy() for logit_K, request in zip(logit_RK, requests, strict=True)]
 
     def _user_rows(self, request: Request) -> NDArray[np.int64]:
         """Return the row of each user feature's table."""
