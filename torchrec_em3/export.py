@@ -122,7 +122,7 @@ def _write_tensors(folder: Path, trained: TrainedRun, precision: Precision, devi
     if model.content is not None:
         content = catalogue_content(model.content, model.item_rows, device)
         rows["content"] = content.target_ID
-        if content.history is not None:
+        if content.history is not None and content.history.valid_V is not None:
             masks["has_content"] = content.history.valid_V
             # Where histories read the bank, its rows are the very content of the targets.
             if not torch.equal(content.history.rows_VD, content.target_ID):

@@ -36,9 +36,9 @@ def id_tables(model: EM3Model, schema: FeatureSchema, device: torch.device) -> d
     """Return the rows [N, D] of each ID table by name, float32, whatever the sharding plan of this one process."""
     parts: dict[str, list[Tensor]] = {name: [] for name in ["item_table", *model.users.table_names]}
     sizes = {feature.name: feature.rows for feature in schema.user_features}
-    for row_N in torch.arange(schema.known_items + 1, device=device).split(ROWS_AT_A_TIME):
+    for row_N in torch.split(torch.arange(schema.known_items + 1, device=device), ROWS_AT_A_TIME):
         parts["item_table"].append(model.items(row_N, row_N[:0])[0].cpu())
-    for row_N in torch.arange(max(sizes.values()), device=device).split(ROWS_AT_A_TIME):
+    for row_N in torch.split(torch.arange(max(sizes.values()), device=device), ROWS_AT_A_TIME):
         # All tables are asked together; a shorter one repeats its last row, which is cut off again.
         values = torch.cat([row_N.clamp_max(rows - 1) for rows in sizes.values()])
         found = model.users(KeyedJaggedTensor(keys=list(sizes), values=values, lengths=torch.ones_like(values)))
@@ -51,7 +51,7 @@ def id_tables(model: EM3Model, schema: FeatureSchema, device: torch.device) -> d
 def catalogue_content(content: ContentPath, item_rows: int, device: torch.device) -> CatalogueContent:
     """Encode every item with the trained tower, and read it as histories do; nothing of the run changes."""
     targets, histories = [], []
-    for item_U in torch.arange(item_rows, device=device).split(ITEMS_AT_A_TIME):
+    for item_U in torch.split(torch.arange(item_rows, device=device), ITEMS_AT_A_TIME):
         tower_UD, present_U = content.encode(item_U)
         targets.append(tower_UD.cpu())
         if content.history is not None:

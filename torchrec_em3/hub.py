@@ -140,6 +140,7 @@ def _unsharded(trained: TrainedRun, schema: FeatureSchema) -> EM3Model:
         assert isinstance(copy.content.bank, ContentBank)
         content = catalogue_content(source.content, source.item_rows, device)
         assert content.history is not None
+        assert content.history.valid_V is not None
         (row_V,) = torch.where(content.history.valid_V)
         copy.content.bank.write(row_V, content.target_ID[row_V], max(source.step, 1))
     return copy

@@ -106,7 +106,7 @@ class Scorer:
 
     def score(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
         """Return the probability of each request's candidates; see `logits`."""
-        return [1.0 / (1.0 + np.exp(-logit_K)) for logit_K in self.logits(requests)]
+        return [torch.from_numpy(logit_K).sigmoid().numpy() for logit_K in self.logits(requests)]
 
     def logits(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
         """Return the logits of each request's candidates.
@@ -182,7 +182,7 @@ class Scorer:
         return torch.where(item <= self.config.known_items, item, 0)
 
     def _look_up(self, table: str, row_RX: Tensor) -> Tensor:
-        return self._tables[table](row_RX.flatten()).unflatten(0, row_RX.shape)
+        return self._tables[table](row_RX.flatten()).view(*row_RX.shape, -1)
 
 
 def _rows_by_id(ids: pa.ChunkedArray, first: int) -> dict[str, int]:
