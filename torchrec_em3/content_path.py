@@ -169,7 +169,7 @@ class ContentPath(nn.Module):
     def as_history(self, item_V: Tensor, tower_VD: Tensor, present_V: Tensor) -> HistoryItems:
         """Return items as histories read them where the bank holds what `encode` returned of them."""
         bank = _BankRows(tower_VD, present_V, tower_VD[:0], present_V[:0])
-        items: HistoryItems = self.history(_HistorySource(item_V, bank, self._store), self.tower, self.projection)
+        items: HistoryItems = self.history(_HistorySource(item_V, bank, self.tokens), self.tower, self.projection)
         return items
 
     def forward(self, items: DistinctItems, step: int) -> Content:

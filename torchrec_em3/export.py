@@ -39,7 +39,7 @@ from torchrec_em3.serving.scorer import Scorer
 from torchrec_em3.serving_graph import ServingGraph, export_graph
 from torchrec_em3.trained_run import TrainedRun
 
-__all__ = ["Exported", "export_package", "new_folder", "require_one_process"]
+__all__ = ["Exported", "check_exportable", "export_package", "new_folder"]
 
 
 class Exported(NamedTuple):
@@ -70,11 +70,11 @@ def export_package(trained: TrainedRun, out: Path, precision: Precision, ranks: 
         ranks: A single process.
 
     Raises:
-        ConfigError: If `out` exists, or there are several processes.
+        ConfigError: If `out` exists, or for `check_exportable`.
         NumericError: If the package's scores on the validation split differ from the model's by more than
             `export_parity` allows.
     """
-    require_one_process(ranks)
+    check_exportable(trained, ranks)
     with new_folder(out) as folder:
         float_bytes = _write_tensors(folder, trained, precision, ranks.device)
         _write_vocabularies(folder, trained.data)
@@ -88,10 +88,19 @@ def export_package(trained: TrainedRun, out: Path, precision: Precision, ranks: 
     return Exported(config.version, parity, (out / TABLES_FILE).stat().st_size, float_bytes, package_bytes)
 
 
-def require_one_process(ranks: Ranks) -> None:
-    """Raise ConfigError if there are several processes."""
+def check_exportable(trained: TrainedRun, ranks: Ranks) -> None:
+    """Raise ConfigError for several processes, and for a model whose logit needs more than the graph takes."""
     if ranks.world_size > 1:
         raise ConfigError(f"em3 export runs in one process, not in {ranks.world_size}; start it without torchrun")
+    model = trained.sharded.model
+    missing = {
+        f"the data's {len(model.task_weights)} tasks": len(model.task_weights) > 1,
+        "--model.codes features": model.codes is not None,
+        "--model.similarity": model.content is not None and model.content.similarity is not None,
+    }
+    for name, needed in missing.items():
+        if needed:
+            raise ConfigError(f"em3 export has no form for {name} yet; export a run without")
 
 
 @contextmanager

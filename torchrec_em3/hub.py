@@ -1,7 +1,7 @@
 """The trained model as a folder in the manner of Hugging Face: weights, config and model card; and back again."""
 
+import dataclasses
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.content_bank import ContentBank
 from torchrec_em3.config import Config
-from torchrec_em3.content_path import TokenSource
 from torchrec_em3.datasets.loader import BatchStream, batch_loader
 from torchrec_em3.datasets.tokens import TokenStore
-from torchrec_em3.errors import CheckpointError, DataError
-from torchrec_em3.export import new_folder, require_one_process
+from torchrec_em3.errors import CheckpointError, ConfigError, DataError
+from torchrec_em3.export import check_exportable, new_folder
 from torchrec_em3.export_parity import Parity, compare, model_predictions
 from torchrec_em3.export_tables import catalogue_content, id_tables
 from torchrec_em3.hub_card import model_card
+from torchrec_em3.item_tokens import ItemTokens, TokenSource
 from torchrec_em3.model import EM3Model
 from torchrec_em3.parsing import parse_config
 from torchrec_em3.process_group import Ranks
@@ -47,22 +47,23 @@ def save_pretrained(trained: TrainedRun, run: Path, out: Path, ranks: Ranks) -> 
         ranks: A single process.
 
     Raises:
-        ConfigError: If `out` exists, or there are several processes.
+        ConfigError: If `out` exists, the content is made of codes or trained encoders, or for `check_exportable`.
         DataError: If the run has no summary.json.
         NumericError: If the model that is read again scores differently.
     """
-    require_one_process(ranks)
+    check_exportable(trained, ranks)
+    _check_tokens(trained)
     if not (run / "summary.json").is_file():
         raise DataError(f"{run} has no summary.json for the model card; run em3 evaluate {run}")
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     expected = model_predictions(trained, ranks)
-    schema = FeatureSchema.from_meta(trained.data.meta)
+    schema = dataclasses.replace(FeatureSchema.from_meta(trained.data.meta), codes=())
     # Neither the folders of this machine nor modules to import on another one.
     config = trained.config.as_dict() | {"data": "", "run": "", "plugins": ""}
     with new_folder(out) as folder:
         save_model(_unsharded(trained, schema), str(folder / WEIGHTS_FILE))
         (folder / WEIGHTS_FILE).chmod(0o644)
-        write_json(folder / CONFIG_FILE, {"model_type": "em3", "config": config, "schema": asdict(schema)})
+        write_json(folder / CONFIG_FILE, {"model_type": "em3", "config": config, "schema": dataclasses.asdict(schema)})
         (folder / CARD_FILE).write_text(model_card(summary, trained.origin), encoding="utf-8")
         store = TokenStore(trained.data.tokens_folder) if trained.config.uses_content else None
         return compare(_logits(from_pretrained(folder, store), trained), expected, "fp32")
@@ -100,6 +101,15 @@ def from_pretrained(path_or_id: str | Path, store: TokenSource | None = None, re
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS_FILE}: {str(error).splitlines()[0]}") from error
     return model.eval()
+
+
+def _check_tokens(trained: TrainedRun) -> None:
+    content = trained.sharded.model.content
+    if content is None:
+        return
+    assert isinstance(content.tokens, ItemTokens)
+    if content.tokens.encoders is not None or len(content.tokens.embeddings):
+        raise ConfigError("--format hub has no form for codes and trained encoders yet; leave --format out")
 
 
 class _NoTokens:
@@ -158,4 +168,5 @@ def _logits(model: EM3Model, trained: TrainedRun) -> np.ndarray:
 def _schema(values: dict[str, Any]) -> FeatureSchema:
     features = tuple(SparseFeature(**feature) for feature in values["user_features"])
     modalities = tuple(ModalitySpec(**modality) for modality in values["modalities"])
-    return FeatureSchema(**{**values, "user_features": features, "modalities": modalities})
+    tasks = tuple(values["tasks"])
+    return FeatureSchema(**{**values, "user_features": features, "modalities": modalities, "codes": (), "tasks": tasks})

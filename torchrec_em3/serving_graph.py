@@ -38,7 +38,7 @@ class ServingGraph(nn.Module):
         self.user_blocks = [user_block(name) for name in model.users.names]
         self.attention = SharedHistoryAttention(copy.deepcopy(model.attention))
         self.ranker = copy.deepcopy(model.ranker)
-        self.projection: nn.Module | None = None
+        self.projection: nn.Linear | None = None
         self.content_attention: nn.Module | None = None
         if model.content is not None:
             self.projection = copy.deepcopy(model.content.projection)
@@ -96,9 +96,11 @@ def export_graph(graph: ServingGraph, width: int) -> torch.export.ExportedProgra
         (torch.tensor([0, 2, positions]), request),
     ]
     if graph.projection is not None:
-        inputs.append((target_RKD.clone(), candidate))
+        content_width = graph.projection.in_features
+        inputs.append((torch.rand(requests, candidates, content_width), candidate))
     if graph.content_attention is not None:
-        inputs += [(history_RLD.clone(), position), (torch.rand(requests, positions) < 0.5, position)]
+        content_RLD = torch.rand(requests, positions, content_width)
+        inputs += [(content_RLD, position), (torch.rand(requests, positions) < 0.5, position)]
     examples, shapes = zip(*inputs, strict=True)
     names = ServingGraph.forward.__code__.co_varnames[1:]
     dynamic = dict(zip(names, shapes, strict=False))
