@@ -68,6 +68,16 @@ def test_every_model_exports_with_parity(options: list[str], tiny_cold_data: Pat
     assert config["content"] == ("none" not in options or "--model.history" in options)
 
 
+def test_what_the_graph_does_not_take_is_refused(
+    tiny_cold_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tiny_cold_data, tmp_path / "run", "--model.similarity", "statistics")
+    capsys.readouterr()
+    assert em3(["export", str(run), "--out", str(tmp_path / "package")]) == 2
+    assert "em3 export has no form for --model.similarity yet" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_candidates_of_one_request_score_as_alone(package: Path, tiny_cold_data: Path) -> None:
     scorer = Scorer.load(package)
     data = PreparedData.open(tiny_cold_data)
