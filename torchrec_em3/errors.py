@@ -25,13 +25,13 @@ class DataError(EM3Error):
 
 
 class CheckpointError(EM3Error):
-    """A checkpoint is missing, incomplete, damaged or belongs to another model (exit code 4)."""
+    """A checkpoint or a package is missing, incomplete, damaged or belongs to another model (exit code 4)."""
 
     exit_code = 4
 
 
 class NumericError(EM3Error):
-    """A loss or an input is not finite; raised before anything is updated (exit code 5)."""
+    """A number is not finite or not what it must be; raised before anything is updated or written (exit code 5)."""
 
     exit_code = 5
 

@@ -29,7 +29,7 @@ from torchrec_em3.registry import ALIGNMENTS
 from torchrec_em3.schema import FeatureSchema
 from torchrec_em3.tasks import build_ranker, task_weights
 
-__all__ = ["EM3Model", "Output"]
+__all__ = ["EM3Model", "Output", "user_block"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class EM3Model(nn.Module):
         self.content: ContentPath | None = None
         self.alignment: Any = None
         # A block for each user feature, so that a ranker can multiply it with what it knows of the item.
-        block_dims = {_user_block(name): width for name in self.users.names} | {"target": width, "interest": width}
+        block_dims = {user_block(name): width for name in self.users.names} | {"target": width, "interest": width}
         if config.uses_content:
             assert store is not None, "a model with content needs a token store"
             self.content = ContentPath(schema, options, store, device, codes, encoders)
@@ -123,7 +123,7 @@ class EM3Model(nn.Module):
             self.step += 1
         target_UD, history_VD, unknown_D = self.items.answer(pending.item_rows)
         target_BD = self._hide_ids(target_UD[items.row_B], unknown_D)
-        blocks = {_user_block(name): user_BD for name, user_BD in self.users.answer(pending.user_rows).items()}
+        blocks = {user_block(name): user_BD for name, user_BD in self.users.answer(pending.user_rows).items()}
         blocks |= {
             "target": target_BD,
             "interest": self.attention(target_BD, HistoryItems(history_VD), items.row_N, items.lengths_B),
@@ -188,6 +188,6 @@ class EM3Model(nn.Module):
         return (loss * weight).sum(0) / batch.weight.sum().clamp_min(1.0)
 
 
-def _user_block(feature: str) -> str:
+def user_block(feature: str) -> str:
     """Name the block of a user feature; no feature can take the name of another block."""
     return feature if feature == "user" else f"user_{feature}"

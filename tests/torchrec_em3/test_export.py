@@ -1,0 +1,197 @@
+"""`em3 export`: the package scores as the trained model does, for every ranker and history, or is not written."""
+
+import ast
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.torchrec_em3.packages import export, train
+from torchrec_em3 import export_parity
+from torchrec_em3.cli import run as em3
+from torchrec_em3.datasets.prepared import PreparedData
+from torchrec_em3.errors import CheckpointError
+from torchrec_em3.export_parity import split_requests
+from torchrec_em3.serving.graph_file import load_graph
+from torchrec_em3.serving.scorer import Request, Scorer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_cold_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny_cold_data, tmp_path_factory.mktemp("export") / "run")
+
+
+@pytest.fixture(scope="module")
+def package(run: Path) -> Path:
+    return export(run, run.parent / "package", "fp32")
+
+
+def test_the_package_scores_the_test_split_as_it_was_evaluated(run: Path, package: Path, tiny_cold_data: Path) -> None:
+    """Cold items, unknown users and short histories included; the validation split was compared by the export."""
+    evaluated = np.load(run / "predictions" / "test.npz")
+    scorer = Scorer.load(package)
+    parts = split_requests(PreparedData.open(tiny_cold_data), "test", scorer.config.max_history)
+    logit = np.concatenate([logit for part in parts for logit in scorer.logits(part)])
+    np.testing.assert_allclose(logit, evaluated["logit"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.ranker", "dcn_v2"],
+        ["--model.ranker", "dlrm"],
+        ["--model.ranker", "deepfm"],
+        ["--model.content", "none"],
+        ["--model.content", "none", "--model.ranker", "dlrm"],
+        ["--model.history", "none"],
+        ["--model.history", "lora_qformer"],
+        ["--model.history", "shared"],
+        ["--model.attention_hidden", "[]", "--model.content_attention_hidden", "[8,4]"],
+    ],
+    ids=" ".join,
+)
+def test_every_model_exports_with_parity(options: list[str], tiny_cold_data: Path, tmp_path: Path) -> None:
+    run = train(tiny_cold_data, tmp_path / "run", *options)
+    config = json.loads((export(run, tmp_path / "package", "fp32") / "config.json").read_text())
+    assert config["parity"]["rows"] > 100
+    assert config["parity"]["max_logit_change"] < 1e-4
+    assert config["content"] == ("none" not in options or "--model.history" in options)
+
+
+def test_what_the_graph_does_not_take_is_refused(
+    tiny_cold_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(tiny_cold_data, tmp_path / "run", "--model.similarity", "statistics")
+    capsys.readouterr()
+    assert em3(["export", str(run), "--out", str(tmp_path / "package")]) == 2
+    assert "em3 export has no form for --model.similarity yet" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_candidates_of_one_request_score_as_alone(package: Path, tiny_cold_data: Path) -> None:
+    scorer = Scorer.load(package)
+    data = PreparedData.open(tiny_cold_data)
+    items = data.items["raw_id"].to_pylist()[1:]
+    user = data.users["raw_id"][1].as_py()
+    for history in ([], items[:1], ["new", *items[100:103]], items[:50]):
+        (together,) = scorer.logits([Request(user, history, [*items, "never seen"])])
+        alone = scorer.logits([Request(user, history, [item]) for item in [*items, "never seen"]])
+        np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
+        assert together.std() > 1e-3
+    assert scorer.logits([Request(user, [], [])])[0].shape == (0,)
+    assert scorer.logits([]) == []
+
+
+def test_what_is_unknown_scores_as_unknown(package: Path, tiny_cold_data: Path) -> None:
+    scorer = Scorer.load(package)
+    items = PreparedData.open(tiny_cold_data).items["raw_id"].to_pylist()[1:]
+    known, cold = items[0], items[-1]
+    assert scorer.knows(cold)
+    assert not scorer.knows("never seen")
+    (logit,) = scorer.logits([Request("nobody", items[:3], ["never seen", "nor this", cold, known])])
+    assert logit[0] == logit[1]
+    assert len(set(logit.tolist())) == 3, "a cold item is told from an unknown one by its content"
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_lower_precisions_are_smaller_and_keep_the_auc(precision: str, run: Path, package: Path) -> None:
+    small = export(run, run.parent / precision, precision)
+    parity = json.loads((small / "config.json").read_text())["parity"]
+    assert abs(parity["auc"] - parity["package_auc"]) <= 1e-3
+    assert 0 < parity["max_logit_change"] < 0.1
+    full, less = ((folder / "tables.safetensors").stat().st_size for folder in (package, small))
+    assert less < 0.8 * full
+
+
+def test_a_package_that_differs_is_refused_and_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score = Scorer.logits
+    monkeypatch.setattr(Scorer, "logits", lambda self, requests: [x + 2e-5 for x in score(self, requests)])
+    assert em3(["export", str(run), "--out", str(tmp_path / "p"), "--precision", "fp32"]) == 5
+    assert "more than 1e-05 allows; nothing was written" in capsys.readouterr().err
+    monkeypatch.setattr(export_parity, "_auc", lambda label, logit: float(logit.sum()))
+    assert em3(["export", str(run), "--out", str(tmp_path / "p"), "--precision", "int8"]) == 5
+    assert "use a higher --precision" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_exists_is_not_touched(run: Path, package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = digest(package)
+    assert em3(["export", str(run), "--out", str(package)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert digest(package) == before
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_scorer_imports_no_training_code(package: Path) -> None:
+    program = f"""
+import pathlib, sys
+from torchrec_em3.serving.scorer import Request, Scorer
+print(Scorer.load(pathlib.Path({str(package)!r})).score([Request("1", [], ["1", "2"])])[0].shape)
+print(sorted(name for name in sys.modules if name.startswith("torchrec")))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    shape, modules = done.stdout.splitlines()
+    assert shape == "(2,)"
+    own = ["", ".errors", ".serving", *(f".serving.{name}" for name in ("graph_file", "package", "rows", "scorer"))]
+    assert ast.literal_eval(modules) == [f"torchrec_em3{name}" for name in own]
+
+
+@pytest.mark.parametrize("name", ["config.json", "dense.pt2", "tables.safetensors", "items.parquet", "users.parquet"])
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_damaged_packages_are_refused(name: str, damage: str, package: Path, tmp_path: Path) -> None:
+    shutil.copytree(package, tmp_path / "p")
+    path = tmp_path / "p" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    if damage == "flipped":
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=name):
+        Scorer.load(tmp_path / "p")
+
+
+class Touch:
+    """A pickle of this writes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("place", ["examples", "weight"])
+def test_a_graph_that_holds_a_pickle_is_refused_unread(place: str, package: Path, tmp_path: Path) -> None:
+    planted = io.BytesIO()
+    torch.save(Touch(tmp_path / "executed"), planted)
+    with zipfile.ZipFile(package / "dense.pt2") as source, zipfile.ZipFile(tmp_path / "planted.pt2", "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if place == "examples" and "/sample_inputs/" in name:
+                content = planted.getvalue()
+            if place == "weight" and name.endswith("weight_0"):
+                content = planted.getvalue()
+            if place == "weight" and name.endswith("weights_config.json"):
+                config = json.loads(content)
+                next(iter(config["config"].values()))["use_pickle"] = True
+                content = json.dumps(config).encode()
+            target.writestr(name, content)
+    with pytest.raises(CheckpointError, match="pickled, which could run code"):
+        load_graph(tmp_path / "planted.pt2")
+    assert not (tmp_path / "executed").exists()

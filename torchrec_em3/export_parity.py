@@ -1,0 +1,107 @@
+"""Whether an export scores as the trained model does, on the whole validation split; a package is asked by raw ids.
+
+Shape letters: B rows of the split.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchrec_em3.datasets.prepared import PreparedData, Split
+from torchrec_em3.errors import NumericError
+from torchrec_em3.evaluate import Predictions, predict, refresh_bank
+from torchrec_em3.metrics import ranking_metrics
+from torchrec_em3.process_group import Ranks
+from torchrec_em3.serving.rows import Precision
+from torchrec_em3.serving.scorer import Request, Scorer
+from torchrec_em3.trained_run import TrainedRun
+
+__all__ = ["Parity", "compare", "measure_parity", "model_predictions", "split_requests"]
+
+MAX_LOGIT_CHANGE = 1e-5
+"""Largest change of a logit of a float32 export, absolute up to a logit of 1 and relative beyond."""
+MAX_AUC_CHANGE = 1e-3
+"""Largest change of the AUC of a package of a lower precision."""
+ROWS_AT_A_TIME = 4096
+
+
+class Parity(NamedTuple):
+    """How a package's logits compare with the model's on the validation split.
+
+    Attributes:
+        rows: Rows compared.
+        max_logit_change: Largest difference of two logits.
+        auc: AUC of the model; None where it is undefined.
+        package_auc: AUC of the package.
+    """
+
+    rows: int
+    max_logit_change: float
+    auc: float | None
+    package_auc: float | None
+
+
+def measure_parity(scorer: Scorer, trained: TrainedRun, ranks: Ranks) -> Parity:
+    """Score the validation split by the model and by the package.
+
+    Raises:
+        NumericError: If the two differ by more than the limits above.
+    """
+    expected = model_predictions(trained, ranks)
+    parts = [scorer.logits(part) for part in split_requests(trained.data, "validation", scorer.config.max_history)]
+    return compare(np.concatenate([logit for part in parts for logit in part]), expected, scorer.config.precision)
+
+
+def model_predictions(trained: TrainedRun, ranks: Ranks) -> Predictions:
+    """Score the validation split as `em3 evaluate` does, with one process; refreshes the content bank."""
+    refresh_bank(trained.sharded, ranks)
+    predictions = predict(trained.sharded, trained.data, "validation", trained.config, ranks)
+    trained.sharded.module.eval()
+    assert predictions is not None, "a single process is rank 0"
+    return predictions
+
+
+def compare(logit_B: NDArray, expected: Predictions, precision: Precision) -> Parity:
+    """Return how `logit_B` compares with the model's predictions.
+
+    Raises:
+        NumericError: If the two differ by more than the limits above.
+    """
+    auc, package_auc = (_auc(expected.label, each_B) for each_B in (expected.logit, logit_B))
+    change_B = np.abs(logit_B - expected.logit)
+    if precision == "fp32":
+        excess_B = change_B / np.maximum(1.0, np.abs(expected.logit))
+        row = int(excess_B.argmax())
+        if not excess_B[row] <= MAX_LOGIT_CHANGE:
+            raise NumericError(
+                f"the export changes the logit of validation row {row} from {expected.logit[row]} to {logit_B[row]}, "
+                f"more than {MAX_LOGIT_CHANGE} allows; nothing was written"
+            )
+    elif auc is None or package_auc is None:
+        raise NumericError("the validation split has one label only, so the change of AUC is undefined; use fp32")
+    elif not abs(package_auc - auc) <= MAX_AUC_CHANGE:
+        raise NumericError(
+            f"the {precision} package changes the validation AUC from {auc:.5f} to {package_auc:.5f}, more than the "
+            f"{MAX_AUC_CHANGE} allowed; nothing was written; use a higher --precision"
+        )
+    return Parity(len(logit_B), float(change_B.max()), auc, package_auc)
+
+
+def split_requests(data: PreparedData, split: Split, max_history: int) -> Iterator[list[Request]]:
+    """Yield the rows of a split as requests of one candidate, some at a time and in the split's order."""
+    columns = data.split_rows(split)
+    items, users = (np.array(table["raw_id"].to_pylist(), dtype=object) for table in (data.items, data.users))
+    first = np.maximum(data.history_offsets[columns["user"]], columns["history_end"] - max_history)
+    for start in range(0, len(first), ROWS_AT_A_TIME):
+        part = slice(start, start + ROWS_AT_A_TIME)
+        rows = zip(columns["user"][part], columns["item"][part], first[part], columns["history_end"][part], strict=True)
+        yield [
+            Request(users[user], items[data.history_items[begin:end]].tolist(), [items[item]])
+            for user, item, begin, end in rows
+        ]
+
+
+def _auc(label: NDArray, logit: NDArray) -> float | None:
+    return ranking_metrics(label, logit)["auc"]

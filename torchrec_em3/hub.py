@@ -1,0 +1,172 @@
+"""The trained model as a folder in the manner of Hugging Face: weights, config and model card; and back again."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor
+
+from torchrec_em3.batch import ModalityTokens
+from torchrec_em3.components.content_bank import ContentBank
+from torchrec_em3.config import Config
+from torchrec_em3.datasets.loader import BatchStream, batch_loader
+from torchrec_em3.datasets.tokens import TokenStore
+from torchrec_em3.errors import CheckpointError, ConfigError, DataError
+from torchrec_em3.export import check_exportable, new_folder
+from torchrec_em3.export_parity import Parity, compare, model_predictions
+from torchrec_em3.export_tables import catalogue_content, id_tables
+from torchrec_em3.hub_card import model_card
+from torchrec_em3.item_tokens import ItemTokens, TokenSource
+from torchrec_em3.model import EM3Model
+from torchrec_em3.parsing import parse_config
+from torchrec_em3.process_group import Ranks
+from torchrec_em3.runlog import write_json
+from torchrec_em3.schema import FeatureSchema, ModalitySpec, SparseFeature
+from torchrec_em3.trained_run import TrainedRun
+
+__all__ = ["from_pretrained", "save_pretrained"]
+
+WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
+CPU = torch.device("cpu")
+
+
+def save_pretrained(trained: TrainedRun, run: Path, out: Path, ranks: Ranks) -> Parity:
+    """Write `model.safetensors`, `config.json` and a model card with the run's measured table, or nothing.
+
+    What is written is read again and compared with the run's model on the validation split.
+
+    Args:
+        trained: The run, opened.
+        run: Its folder, for `summary.json`.
+        out: Folder to make.
+        ranks: A single process.
+
+    Raises:
+        ConfigError: If `out` exists, the content is made of codes or trained encoders, or for `check_exportable`.
+        DataError: If the run has no summary.json.
+        NumericError: If the model that is read again scores differently.
+    """
+    check_exportable(trained, ranks)
+    _check_tokens(trained)
+    if not (run / "summary.json").is_file():
+        raise DataError(f"{run} has no summary.json for the model card; run em3 evaluate {run}")
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    expected = model_predictions(trained, ranks)
+    schema = dataclasses.replace(FeatureSchema.from_meta(trained.data.meta), codes=())
+    # Neither the folders of this machine nor modules to import on another one.
+    config = trained.config.as_dict() | {"data": "", "run": "", "plugins": ""}
+    with new_folder(out) as folder:
+        save_model(_unsharded(trained, schema), str(folder / WEIGHTS_FILE))
+        (folder / WEIGHTS_FILE).chmod(0o644)
+        write_json(folder / CONFIG_FILE, {"model_type": "em3", "config": config, "schema": dataclasses.asdict(schema)})
+        (folder / CARD_FILE).write_text(model_card(summary, trained.origin), encoding="utf-8")
+        store = TokenStore(trained.data.tokens_folder) if trained.config.uses_content else None
+        return compare(_logits(from_pretrained(folder, store), trained), expected, "fp32")
+
+
+def from_pretrained(path_or_id: str | Path, store: TokenSource | None = None, revision: str | None = None) -> EM3Model:
+    """Return the model in evaluation mode, tables unsharded on the CPU.
+
+    Parts of your own must be registered before: import their module first.
+
+    Args:
+        path_or_id: Folder that `em3 export --format hub` wrote, or the id of a repository on the Hugging Face hub.
+        store: Tokens of the catalogue. Without them items that the bank does not hold count as items without content,
+            which is what they are at the time of the export; histories other than `cache`, and training, need them.
+        revision: Branch, tag or commit of the repository.
+
+    Raises:
+        CheckpointError: If it is no such folder, or its weights are not those of its config.
+    """
+    folder = Path(path_or_id)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download  # only who names a repository needs it
+
+        names = [WEIGHTS_FILE, CONFIG_FILE]
+        folder = Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=names))
+    try:
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        schema, config = _schema(values["schema"]), values["config"] | {"plugins": ""}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} is not the config of a model ({error})") from error
+    resolved, _ = parse_config("export", "", ["--config", json.dumps(config)])
+    model = _empty(schema, resolved, store)
+    try:
+        load_model(model, str(folder / WEIGHTS_FILE))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE}: {str(error).splitlines()[0]}") from error
+    return model.eval()
+
+
+def _check_tokens(trained: TrainedRun) -> None:
+    content = trained.sharded.model.content
+    if content is None:
+        return
+    assert isinstance(content.tokens, ItemTokens)
+    if content.tokens.encoders is not None or len(content.tokens.embeddings):
+        raise ConfigError("--format hub has no form for codes and trained encoders yet; leave --format out")
+
+
+class _NoTokens:
+    """A token store in which no item has content."""
+
+    def __init__(self, schema: FeatureSchema) -> None:
+        self._modalities = schema.modalities
+
+    def fetch(self, items_U: Tensor, device: torch.device | None = None) -> dict[str, ModalityTokens]:
+        sizes = {spec.name: (len(items_U), spec.max_tokens, spec.dim) for spec in self._modalities}
+        return {
+            name: ModalityTokens(
+                torch.zeros(size, device=device), torch.zeros(size[:2], dtype=torch.bool, device=device)
+            )
+            for name, size in sizes.items()
+        }
+
+
+def _empty(schema: FeatureSchema, config: Config, store: TokenSource | None) -> EM3Model:
+    return EM3Model(schema, config, store or _NoTokens(schema), CPU)
+
+
+@torch.no_grad()
+def _unsharded(trained: TrainedRun, schema: FeatureSchema) -> EM3Model:
+    """Return a copy of the run's model, its tables whole and its bank filled for all items, on the CPU."""
+    source = trained.sharded.model
+    device = next(source.attention.parameters()).device
+    copy = _empty(schema, trained.config, None)
+    tables = id_tables(source, schema, device)
+    dense = dict(source.named_parameters()) | dict(source.named_buffers())
+    for name, value in copy.state_dict().items():
+        if ".tables." in name:
+            value.copy_(tables[name.split(".")[-2]])
+        elif not name.startswith("content.bank."):
+            value.copy_(dense[name])
+    if source.content is not None and source.content.bank is not None:
+        assert copy.content is not None
+        assert isinstance(copy.content.bank, ContentBank)
+        content = catalogue_content(source.content, source.item_rows, device)
+        assert content.history is not None
+        assert content.history.valid_V is not None
+        (row_V,) = torch.where(content.history.valid_V)
+        copy.content.bank.write(row_V, content.target_ID[row_V], max(source.step, 1))
+    return copy
+
+
+@torch.no_grad()
+def _logits(model: EM3Model, trained: TrainedRun) -> np.ndarray:
+    """Score the validation split."""
+    loader = trained.config.loader
+    stream = BatchStream(trained.data, "validation", batch_size=loader.batch_size, max_history=loader.max_history)
+    parts = [model(batch)[1].logit[batch.weight > 0] for batch in batch_loader(stream)]
+    return torch.cat(parts).numpy()
+
+
+def _schema(values: dict[str, Any]) -> FeatureSchema:
+    features = tuple(SparseFeature(**feature) for feature in values["user_features"])
+    modalities = tuple(ModalitySpec(**modality) for modality in values["modalities"])
+    tasks = tuple(values["tasks"])
+    return FeatureSchema(**{**values, "user_features": features, "modalities": modalities, "codes": (), "tasks": tasks})

@@ -1,0 +1,102 @@
+"""Scores the rows of a Parquet file."""
+
+import os
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from torchrec_em3.errors import DataError
+from torchrec_em3.serving.scorer import Request, Scorer
+
+__all__ = ["score_file"]
+
+ROWS_AT_A_TIME = 16_384
+ROWS_A_REQUEST = 1024
+"""Rows of one user and history that are scored as the candidates of one request."""
+SCORE = "score"
+
+
+def score_file(scorer: Scorer, source: Path, target: Path) -> int:
+    """Write the columns of `source` and the score of each row; return the number of rows.
+
+    Columns are `user`, `item` (strings or integers), `history` (a list of them, most recent last) and, if wanted, side
+    features. Rows of the same user and history that follow each other share the work of the history.
+
+    Args:
+        scorer: The package.
+        source: Parquet file; read some rows at a time.
+        target: Parquet file to write, as a whole or not at all.
+
+    Raises:
+        DataError: If a file cannot be read or written, or a column or a row is not as described.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        with pq.ParquetFile(source) as file:
+            schema = _checked(source, file.schema_arrow, scorer)
+            rows = 0
+            with pq.ParquetWriter(temporary, schema) as writer:
+                for batch in file.iter_batches(ROWS_AT_A_TIME):
+                    score_B = _score(scorer, source, batch, rows)
+                    writer.write_table(pa.table([*batch.columns, score_B], schema=schema))
+                    rows += len(batch)
+        os.replace(temporary, target)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{source} to {target}: {str(error).splitlines()[0]}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return rows
+
+
+def _checked(source: Path, schema: pa.Schema, scorer: Scorer) -> pa.Schema:
+    """Return the schema of what is written."""
+    side_features = [name for name in scorer.config.user_features[1:] if name in schema.names]
+    for name in ("user", "history", "item", *side_features):
+        if schema.names.count(name) != 1:
+            raise DataError(f"{source}: {schema.names.count(name)} columns '{name}', expected 1; {_columns(schema)}")
+        found = schema.field(name).type
+        if name == "history":
+            inner = found.value_type if pa.types.is_list(found) or pa.types.is_large_list(found) else None
+            if inner is None or not _is_id(inner):
+                raise DataError(f"{source}: column 'history' is {found}, expected a list of strings or integers")
+        elif not _is_id(found):
+            raise DataError(f"{source}: column '{name}' is {found}, expected strings or integers")
+    if SCORE in schema.names:
+        raise DataError(f"{source}: has a column '{SCORE}' already; drop or rename it")
+    return schema.append(pa.field(SCORE, pa.float32()))
+
+
+def _is_id(found: pa.DataType) -> bool:
+    return pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_integer(found)
+
+
+def _columns(schema: pa.Schema) -> str:
+    return f"columns: {', '.join(schema.names) or 'none'}"
+
+
+def _score(scorer: Scorer, source: Path, batch: pa.RecordBatch, first_row: int) -> pa.Array:
+    requests = []
+    for (user, history, features), group in groupby(_keyed_rows(scorer, source, batch, first_row), lambda row: row[0]):
+        items = [item for _, item in group]
+        for start in range(0, len(items), ROWS_A_REQUEST):
+            requests.append(Request(user, history, items[start : start + ROWS_A_REQUEST], dict(features)))
+    return pa.array(np.concatenate(scorer.score(requests)), pa.float32())
+
+
+def _keyed_rows(
+    scorer: Scorer, source: Path, batch: pa.RecordBatch, first_row: int
+) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Yield user, history and side features of each row, and its item, as text."""
+    names = [name for name in scorer.config.user_features[1:] if name in batch.schema.names]
+    columns = [batch.column(name).to_pylist() for name in ("user", "history", "item", *names)]
+    for row, (user, history, item, *values) in enumerate(zip(*columns, strict=True), start=first_row):
+        if user is None or item is None or history is None or None in history:
+            wrong = "user" if user is None else "item" if item is None else "history"
+            raise DataError(f"{source} row {row}: {wrong} is null or holds a null; fill it or drop the row")
+        features = tuple((name, str(value)) for name, value in zip(names, values, strict=True) if value is not None)
+        yield (str(user), tuple(map(str, history)), features), str(item)

@@ -1,0 +1,189 @@
+"""Scores candidates with a package, without the training code.
+
+Shape letters: R requests, K candidates of a request, L history positions of a request, F user features, D width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from torchrec_em3.errors import CheckpointError, DataError, NumericError
+from torchrec_em3.serving.graph_file import load_graph
+from torchrec_em3.serving.package import (
+    AGAIN,
+    GRAPH_FILE,
+    ITEMS_FILE,
+    TABLES_FILE,
+    USERS_FILE,
+    check_package,
+    read_config,
+    vocabulary_file,
+)
+from torchrec_em3.serving.rows import PackedTable
+
+__all__ = ["Request", "Scorer"]
+
+PAIRS_AT_A_TIME = 1 << 17
+"""Pairs of candidate and history position (or column, if those are more) that go through the graph together: what it
+stores grows with them."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One user, the user's history and the candidates to score; ids are those of the raw data.
+
+    What the package does not know, a user, an item or a value, counts as "unknown"; nothing is refused for it.
+
+    Attributes:
+        user: Id of the user.
+        history: Items that the user has seen, most recent last; of a longer one the end counts.
+        candidates: Items to score.
+        features: Values of the user's side features by name; those left out are the ones that the package has of the
+            user.
+    """
+
+    user: str
+    history: Sequence[str]
+    candidates: Sequence[str]
+    features: Mapping[str, str] = field(default_factory=dict)
+
+
+class Scorer:
+    """A package in memory; make one with `Scorer.load`. Scoring changes nothing, so threads may share it.
+
+    Attributes:
+        config: What the package says of itself.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read a package that was checked already."""
+        self.config = read_config(folder)
+        self._graph = load_graph(folder / GRAPH_FILE)
+        tensors = load_file(folder / TABLES_FILE)
+        self._has_content_I = tensors.pop("has_content", torch.zeros(0, dtype=torch.bool))
+        self._tables = {name: PackedTable(packed, self.config.precision) for name, packed in tensors.items()}
+        side_features = self.config.user_features[1:]
+        users = pq.read_table(folder / USERS_FILE, page_checksum_verification=True)
+        self._users = _rows_by_id(users["raw_id"], first=1)
+        unknown = np.zeros((1, len(side_features)), dtype=np.int64)
+        known = [users[name].to_numpy().astype(np.int64) for name in side_features]
+        self._user_features = np.concatenate([unknown, np.stack(known, 1)]) if known else unknown
+        self._vocabularies = {
+            name: _rows_by_id(pq.read_table(folder / vocabulary_file(name))["value"], first=0) for name in side_features
+        }
+        self._items = _rows_by_id(pq.read_table(folder / ITEMS_FILE)["raw_id"], first=1)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Scorer":
+        """Check a package against its manifest and read it.
+
+        Raises:
+            CheckpointError: If it is no package, or damaged, or of another format.
+        """
+        check_package(folder)
+        try:
+            return cls(folder)
+        except (OSError, KeyError, ValueError, pa.ArrowException, SafetensorError) as error:
+            raise CheckpointError(f"{folder} cannot be read ({str(error).splitlines()[0]}); {AGAIN}") from error
+
+    @property
+    def num_items(self) -> int:
+        """Items that the package knows by their raw id."""
+        return len(self._items)
+
+    def knows(self, item: str) -> bool:
+        """Return whether the package has this item, by its ID or by its content alone."""
+        return item in self._items
+
+    def score(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
+        """Return the probability of each request's candidates; see `logits`."""
+        return [torch.from_numpy(logit_K).sigmoid().numpy() for logit_K in self.logits(requests)]
+
+    def logits(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
+        """Return the logits of each request's candidates.
+
+        Requests go through the graph together as long as that takes little memory, so equal sizes are best.
+
+        Raises:
+            DataError: If a side feature is named that the package does not have.
+            NumericError: If a logit is not finite.
+        """
+        results: list[NDArray[np.float32]] = []
+        for start, stop in self._parts(requests):
+            results += self._logits(requests[start:stop])
+        return results
+
+    def _parts(self, requests: Sequence[Request]) -> list[tuple[int, int]]:
+        """Return runs of requests that are few enough to go through the graph together."""
+        parts, start, candidates, positions = [], 0, 1, self.config.width
+        for place, request in enumerate(requests):
+            candidates = max(candidates, len(request.candidates))
+            positions = max(positions, min(len(request.history), self.config.max_history))
+            if place > start and (place + 1 - start) * candidates * positions > PAIRS_AT_A_TIME:
+                parts.append((start, place))
+                start, candidates, positions = place, len(request.candidates), self.config.width
+        return [*parts, (start, len(requests))] if requests else []
+
+    @torch.inference_mode()
+    def _logits(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
+        user_RF = torch.from_numpy(np.array([self._user_rows(request) for request in requests]))
+        # The graph takes no empty dimension: one padded place stands for nothing.
+        target_RK, _ = self._item_rows([request.candidates for request in requests])
+        recent = self.config.max_history
+        history_RL, length_R = self._item_rows([request.history[-recent:] for request in requests])
+        features = enumerate(self.config.user_features)
+        inputs = [
+            torch.stack([self._tables[f"{name}_table"](user_RF[:, place]) for place, name in features], 1),
+            self._look_up("item_table", self._id_rows(target_RK)),
+            self._look_up("item_table", self._id_rows(history_RL)),
+            length_R,
+        ]
+        if self.config.content:
+            inputs.append(self._look_up("content", target_RK))
+        if self.config.content_history:
+            name = "history_content" if "history_content" in self._tables else "content"
+            inputs += [self._look_up(name, history_RL), self._has_content_I[history_RL]]
+        logit_RK = self._graph(*inputs)
+        if not bool(torch.isfinite(logit_RK).all()):
+            raise NumericError(f"a logit of package {self.config.version} is not finite; export the run again")
+        return [logit_K[: len(request.candidates)].numpy() for logit_K, request in zip(logit_RK, requests, strict=True)]
+
+    def _user_rows(self, request: Request) -> NDArray[np.int64]:
+        """Return the row of each user feature's table."""
+        user = self._users.get(request.user, 0)
+        rows = np.empty(len(self.config.user_features), dtype=np.int64)
+        rows[0] = user if user <= self.config.known_users else 0
+        rows[1:] = self._user_features[user]
+        for name, value in request.features.items():
+            if name not in self._vocabularies:
+                known = ", ".join(self._vocabularies) or "none"
+                raise DataError(f"the package has no user feature '{name}'; features: {known}")
+            rows[self.config.user_features.index(name)] = self._vocabularies[name].get(value, 0)
+        return rows
+
+    def _item_rows(self, items: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        """Return item rows, padded by row 0 to the longest of the lists, at least 1, and the lengths."""
+        rows = np.zeros((len(items), max(1, *map(len, items))), dtype=np.int64)
+        for place, ids in enumerate(items):
+            rows[place, : len(ids)] = [self._items.get(item, 0) for item in ids]
+        return torch.from_numpy(rows), torch.tensor([len(ids) for ids in items])
+
+    def _id_rows(self, item: Tensor) -> Tensor:
+        """Return the rows of the item table: items without training rows share row 0."""
+        return torch.where(item <= self.config.known_items, item, 0)
+
+    def _look_up(self, table: str, row_RX: Tensor) -> Tensor:
+        return self._tables[table](row_RX.flatten()).view(*row_RX.shape, -1)
+
+
+def _rows_by_id(ids: pa.ChunkedArray, first: int) -> dict[str, int]:
+    return {raw_id: row for row, raw_id in enumerate(ids.to_pylist(), start=first)}

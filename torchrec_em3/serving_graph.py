@@ -1,0 +1,110 @@
+"""The dense part of a trained model as one graph that scores the candidates of requests.
+
+Table look-ups stay outside: the graph takes embeddings and content, so it does not depend on how a package stores them.
+
+Shape letters: R requests, K candidates of a request, L history positions of a request, F user features, B = R * K rows,
+D width.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_em3.components.interfaces import HistoryItems
+from torchrec_em3.components.shared_history import SharedHistoryAttention
+from torchrec_em3.model import EM3Model, user_block
+
+__all__ = ["ServingGraph", "export_graph"]
+
+_EXAMPLE = 3, 5, 4
+"""R, K and L of the example to trace; none may be 0 or 1, which torch.export would take for constants."""
+
+
+class ServingGraph(nn.Module):
+    """User, history and candidates of requests to logits [ours].
+
+    What belongs to the request, its user's embeddings and its history with the maps on it, enters once, whatever the
+    number of candidates.
+
+    Args:
+        model: The trained model; its dense parameters are copied.
+        history_map: The map on the rows of the history's content (see `HistoryItems`); None without such content.
+    """
+
+    def __init__(self, model: EM3Model, history_map: HistoryItems | None) -> None:
+        super().__init__()
+        self.user_blocks = [user_block(name) for name in model.users.names]
+        self.attention = SharedHistoryAttention(copy.deepcopy(model.attention))
+        self.ranker = copy.deepcopy(model.ranker)
+        self.projection: nn.Linear | None = None
+        self.content_attention: nn.Module | None = None
+        if model.content is not None:
+            self.projection = copy.deepcopy(model.content.projection)
+            if history_map is not None:
+                self.content_attention = SharedHistoryAttention(copy.deepcopy(model.content.attention), history_map)
+
+    def forward(
+        self,
+        user_RFD: Tensor,
+        target_RKD: Tensor,
+        history_RLD: Tensor,
+        length_R: Tensor,
+        target_content_RKD: Tensor | None = None,
+        history_content_RLD: Tensor | None = None,
+        has_content_RL: Tensor | None = None,
+    ) -> Tensor:
+        """Return logit_RK.
+
+        Args:
+            user_RFD: Embeddings of the user features, in the schema's order.
+            target_RKD: ID embeddings of the candidates.
+            history_RLD: ID embeddings of the history, padded to the longest of the requests.
+            length_R: Positions of each history, int64.
+            target_content_RKD: Content of the candidates before the projection; only where the model has content.
+            history_content_RLD: Content rows of the history; only where the model reads content there.
+            has_content_RL: Which of them hold content, bool.
+        """
+        requests, candidates = target_RKD.shape[:2]
+        shown_RL = torch.arange(history_RLD.shape[1], device=length_R.device) < length_R[:, None]
+        per_candidate = {"target": target_RKD, "interest": self.attention(target_RKD, history_RLD, shown_RL)}
+        if self.projection is not None and target_content_RKD is not None:
+            content_RKD = self.projection(target_content_RKD)
+            per_candidate["content"] = content_RKD
+            if self.content_attention is not None and has_content_RL is not None:
+                shown_RL = shown_RL & has_content_RL
+                per_candidate["content_interest"] = self.content_attention(content_RKD, history_content_RLD, shown_RL)
+        for place, block in enumerate(self.user_blocks):
+            per_candidate[block] = user_RFD[:, place, None].expand(-1, candidates, -1)
+        logit_B = self.ranker({name: block_RKD.flatten(0, 1) for name, block_RKD in per_candidate.items()})
+        return logit_B.unflatten(0, (requests, candidates))
+
+
+@torch.no_grad()
+def export_graph(graph: ServingGraph, width: int) -> torch.export.ExportedProgram:
+    """Return the graph as torch.export makes it, for any number of requests, candidates and positions from 1 on."""
+    graph = graph.cpu().eval()
+    requests, candidates, positions = _EXAMPLE
+    R, K, L = (torch.export.Dim(name, min=1) for name in ("requests", "candidates", "positions"))
+    request, candidate, position = {0: R}, {0: R, 1: K}, {0: R, 1: L}
+    target_RKD, history_RLD = torch.rand(requests, candidates, width), torch.rand(requests, positions, width)
+    inputs: list[tuple[Tensor, dict[int, Any]]] = [
+        (torch.rand(requests, len(graph.user_blocks), width), request),
+        (target_RKD, candidate),
+        (history_RLD, position),
+        (torch.tensor([0, 2, positions]), request),
+    ]
+    if graph.projection is not None:
+        content_width = graph.projection.in_features
+        inputs.append((torch.rand(requests, candidates, content_width), candidate))
+    if graph.content_attention is not None:
+        content_RLD = torch.rand(requests, positions, content_width)
+        inputs += [(content_RLD, position), (torch.rand(requests, positions) < 0.5, position)]
+    examples, shapes = zip(*inputs, strict=True)
+    names = ServingGraph.forward.__code__.co_varnames[1:]
+    dynamic = dict(zip(names, shapes, strict=False))
+    exported = torch.export.export(graph, examples, dynamic_shapes=dynamic)
+    # They would be pickled, and a package holds no pickle.
+    exported.example_inputs = None
+    return exported
