@@ -192,19 +192,23 @@ def test_a_package_is_swapped_under_load_with_nothing_lost(package: Path, tmp_pa
                 if not np.allclose(body["scores"], expected[body["version"]], rtol=1e-6):
                     problems.append(str(body))
 
+    def wait_for_answers(count: int) -> None:
+        enough = len(seen) + count
+        while len(seen) < enough and not problems:
+            time.sleep(0.01)
+
     with serving(link) as url:
         clients = [threading.Thread(target=load, args=(url,)) for _ in range(3)]
         for client in clients:
             client.start()
         for turn in range(1, 4):
-            enough = len(seen) + 20
-            while len(seen) < enough and not problems:
-                time.sleep(0.01)
+            wait_for_answers(20)
             fresh = tmp_path / "fresh"
             fresh.symlink_to(packages[turn % 2])
             fresh.replace(link)
             answer = requests.post(f"{url}/reload", timeout=60)
             assert answer.json()["version"] == scorers[turn % 2].config.version
+        wait_for_answers(20)
         fresh.symlink_to(tmp_path)
         fresh.replace(link)
         refused = requests.post(f"{url}/reload", timeout=60)

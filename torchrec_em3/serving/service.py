@@ -73,13 +73,12 @@ class Problem(BaseModel):
 
 class _Metrics:
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        kwargs = {"registry": self.registry}
-        self.requests = Counter("em3_requests", "Requests by path and status.", ["path", "status"], **kwargs)
-        self.seconds = Histogram("em3_score_seconds", "Time of POST /score, waiting included.", **kwargs)
-        self.candidates = Counter("em3_candidates", "Candidates scored.", **kwargs)
-        self.waiting = Gauge("em3_waiting", "Requests that wait for their turn.", **kwargs)
-        self.package = Gauge("em3_package", "Package in use.", ["version"], **kwargs)
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("em3_requests", "Requests by path and status.", ["path", "status"], registry=registry)
+        self.seconds = Histogram("em3_score_seconds", "Time of POST /score, waiting included.", registry=registry)
+        self.candidates = Counter("em3_candidates", "Candidates scored.", registry=registry)
+        self.waiting = Gauge("em3_waiting", "Requests that wait for their turn.", registry=registry)
+        self.package = Gauge("em3_package", "Package in use.", ["version"], registry=registry)
 
 
 class _Service:
