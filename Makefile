@@ -5,6 +5,8 @@ ACCELERATOR ?= cpu
 PY          := $(VENV)/bin/python
 STAMP       := $(VENV)/.installed-$(ACCELERATOR)
 PIP         := $(PY) -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
+# Whole files to a worker, because fixtures that train a run are shared within a file.
+IN_PARALLEL := -n auto --dist loadfile
 # The package as it is installed, for the type checker, which cannot see the mapping of an editable install.
 TYPING      := build/typing
 SOURCES     := torchrec_em3 components datasets torchx_specs benchmarks tests setup.py
@@ -20,10 +22,10 @@ demo: $(STAMP)
 	$(PY) -m torchrec_em3 demo
 
 test: $(STAMP)
-	$(PY) -m pytest
+	$(PY) -m pytest $(IN_PARALLEL)
 
 test-fast: $(STAMP)
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" $(IN_PARALLEL)
 
 lint: $(STAMP)
 	$(PY) -m ruff check $(SOURCES)
