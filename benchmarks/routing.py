@@ -30,8 +30,8 @@ ID_BYTES, FLOAT_BYTES = 8, 4
 NOTES = 3
 """Numbers beside the content of an item on its way home (see `torchrec_em3.content_path`)."""
 ZIPF_EXPONENT = 1.1
-STYLE = """<style>text{font:11px sans-serif;fill:#333}.grid{stroke:#ddd}.axis{stroke:#666}.stroke{fill:none;stroke-width:1.8}
-.s0{color:#0067a3}.s1{color:#b35900}.stroke{stroke:currentColor}.fill{fill:currentColor}</style>
+STYLE = """<style>text{font:11px sans-serif;fill:#333}.grid{stroke:#ddd}.axis{stroke:#666}
+.s0{color:#0067a3}.s1{color:#b35900}.stroke{stroke:currentColor;stroke-width:1.8;fill:none}.fill{fill:currentColor}</style>
 <rect width="100%" height="100%" fill="#fff"/>"""
 
 
@@ -170,8 +170,8 @@ def main(
         for stream in streams(data, worlds[-1] * batch_size * steps, num_items, seed)
     }
     intro = (
-        "# Encoding targets on their owners\n\nCounted from ids, nothing is run: distinct targets that are encoded in a "
-        f"step, over all ranks and on the rank with most, and megabytes that leave a rank for others. {batch_size:,} "
+        "# Encoding targets on their owners\n\nCounted from ids, nothing is run: distinct targets that are encoded in "
+        f"a step, over all ranks and on the rank with most, and megabytes that leave a rank for others. {batch_size:,} "
         f"rows a rank, width {embedding_dim}, every target encoded, mean of {steps} steps. Printed by\n\n"
         f"```\npython benchmarks/routing.py {shlex.join(sys.argv[1:])}\n```\n\n"
         "![Items to encode on the rank with most](routing.svg)\n"

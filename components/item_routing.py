@@ -115,9 +115,7 @@ class _Exchange(torch.autograd.Function):
     """All-to-all of rows; gradients go back the same way."""
 
     @staticmethod
-    def forward(
-        ctx: Any, row_N: Tensor, leaving: list[int], arriving: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
+    def forward(ctx: Any, row_N: Tensor, leaving: list[int], arriving: list[int], group: dist.ProcessGroup) -> Tensor:
         """Send `leaving[w]` rows to rank w, in order; return the `arriving[w]` rows of each."""
         ctx.way_back = arriving, leaving, group
         return _exchange(row_N, leaving, arriving, group)

@@ -212,7 +212,7 @@ class ContentPath(nn.Module):
         return items
 
     def ask(self, items: DistinctItems) -> Route | None:
-        """Begin to ask the owners of a batch's targets for their content; None if each rank encodes its own. Collective."""
+        """Begin to ask the owners of a batch's targets for them; None if each rank encodes its own. Collective."""
         if not self._routed:
             return None
         several = dist.is_initialized() and dist.get_world_size() > 1

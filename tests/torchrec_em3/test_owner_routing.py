@@ -89,7 +89,7 @@ def test_owners_train_encoders(gangs: dict[int, Gang], cut_data: str, training: 
     config = dataclasses.replace(config, plugins="tests.tiny_encoders")
     expected = gangs[1].run(train_here, config, 1)
     assert any(name.startswith(ENCODERS) for name in expected[0]["dense"])
-    for world_size in WORLD_SIZES:
+    for world_size in WORLD_SIZES[:2]:
         assert_alike(expected, gangs[world_size].run(train_here, routed(config), world_size))
 
 
@@ -165,5 +165,8 @@ def test_a_rank_never_fetches_tokens_of_a_row_that_it_does_not_own(
 def test_histories_that_encode_items_themselves_are_refused(tiny_data: Path, history: str) -> None:
     load_builtin_parts()
     config = routed(config_for(tiny_data, TABLE_WISE, history=history))
-    with process_group() as ranks, pytest.raises(ConfigError, match="--model.routing owner encodes items on the ranks"):
+    with (
+        process_group() as ranks,
+        pytest.raises(ConfigError, match=r"--model\.routing owner encodes items on the ranks"),
+    ):
         build_sharded(config, open_data(config), ranks)
