@@ -18,7 +18,7 @@ from tests.torchrec_em3.test_encoder_training import ENCODERS, cut_data  # noqa:
 from tests.torchrec_em3.test_sharding_parity import GLOBAL_BATCH, config_for, set_by_row, train_steps, whole
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.components.item_routing import owned_rows
-from torchrec_em3.config import Config, EncodersConfig, EncoderTraining
+from torchrec_em3.config import Config, EncodersConfig, EncoderTraining, TrainConfig
 from torchrec_em3.datasets.loader import BatchStream
 from torchrec_em3.datasets.tokens import TokenStore
 from torchrec_em3.errors import ConfigError
@@ -86,8 +86,8 @@ def test_owners_draw_alike_on_any_number_of_ranks(gangs: dict[int, Gang], tiny_d
 @pytest.mark.parametrize("training", ["lora", "last_n"])
 def test_owners_train_encoders(gangs: dict[int, Gang], cut_data: str, training: str) -> None:  # noqa: F811
     text = EncoderTraining(training=training, rank=2)  # type: ignore[arg-type]
-    config = config_for(Path(cut_data), TABLE_WISE, encoders=EncodersConfig(text=text))
-    config = dataclasses.replace(config, plugins="tests.tiny_encoders")
+    config = config_for(Path(cut_data), "row_wise", encoders=EncodersConfig(text=text))
+    config = dataclasses.replace(config, plugins="tests.tiny_encoders", train=TrainConfig(encoder_learning_rate=0.01))
     expected = gangs[1].run(train_here, config, 1)
     assert any(name.startswith(ENCODERS) for name in expected[0]["dense"])
     for world_size in WORLD_SIZES[:2]:
