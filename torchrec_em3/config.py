@@ -108,6 +108,8 @@ class ModelConfig:
     """How the cosines of the target's and the history items' content become one more block; none leaves them out."""
     encode_fraction: float = 1.0
     """Share of the distinct targets that a training step encodes; the others' content comes from the bank."""
+    routing: Literal["local", "owner"] = "local"
+    """Which rank encodes a target: each rank its own, or the rank that owns the item, once for all ranks."""
     stop_gradient: bool = False
     """Keep the ranking loss from tower and encoders, which the alignment loss then trains alone; an ablation."""
     alignment: str = "global"

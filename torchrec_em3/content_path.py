@@ -1,7 +1,7 @@
 """The content path: from distinct items to the content of targets and of histories.
 
-Shape letters: B rows, N history positions, U distinct target items, F of them encoded with gradient in this step, G of
-them without, V distinct history items, D width, T tokens.
+Shape letters: B rows, N history positions, U distinct target items of this rank, R items that it provides the content
+of, F of them encoded with gradient in this step, G of them without, V distinct history items, D width, T tokens.
 """
 
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,6 +19,8 @@ from torchrec_em3.components.gradient_stop import stop_gradient
 from torchrec_em3.components.histories.shared import any_token
 from torchrec_em3.components.interest import target_attention
 from torchrec_em3.components.interfaces import HistoryItems, output_width
+from torchrec_em3.components.item_draw import draw_items
+from torchrec_em3.components.item_routing import Route
 from torchrec_em3.components.similarity import ContentSimilarity
 from torchrec_em3.config import NONE, ModelConfig
 from torchrec_em3.encoder_suffixes import EncoderSuffixes
@@ -70,12 +73,35 @@ class Content(NamedTuple):
 
 
 class _BankRows(NamedTuple):
-    """Bank rows of the history items and of the targets, and which were ever written."""
+    """Bank rows of the history items and of those to provide, and which were ever written."""
 
     history_VD: Tensor
     written_V: Tensor
-    target_UD: Tensor
-    written_U: Tensor
+    provided_RD: Tensor
+    written_R: Tensor
+
+
+class _Targets(NamedTuple):
+    """Content of target items before the projection, and what became of each.
+
+    Attributes:
+        raw_UD: The tower's output, of this step or as the bank holds it.
+        encoded_U: As in `Content`.
+        compared_U: Which were encoded with gradient and are in the bank.
+        similarity_U: Cosine of the bank's row and the fresh one, where `compared_U`.
+    """
+
+    raw_UD: Tensor
+    encoded_U: Tensor
+    compared_U: Tensor
+    similarity_U: Tensor
+
+    def home(self, route: Route) -> "_Targets":
+        """Return those that this rank asked their owners for. Collective."""
+        notes_R3 = torch.stack([self.encoded_U, self.compared_U, self.similarity_U], 1).to(self.raw_UD.dtype)
+        home_UE = route.home(torch.cat([self.raw_UD, notes_R3.detach()], 1))
+        raw_UD, notes_U3 = home_UE[:, :-3], home_UE[:, -3:].detach()
+        return _Targets(raw_UD, notes_U3[:, 0] > 0, notes_U3[:, 1] > 0, notes_U3[:, 2])
 
 
 class _HistorySource:
@@ -100,6 +126,10 @@ class ContentPath(nn.Module):
     and takes the bank's rows for the others: LEMUR encodes a fifth and loses next to nothing [follow-up]. Evaluation
     takes all from the bank, as serving does. What the bank does not hold yet is encoded without gradient and some items
     at a time, so that a step takes no more memory at the start of training than later.
+
+    With `routing` owner all this happens on the rank that owns the item, once for all ranks: it alone reads the item's
+    tokens, decides whether to encode it, and writes its row of the bank, which is its own. Losses, gradients and bank
+    are those of each rank encoding its own targets [ours].
     """
 
     def __init__(
@@ -114,8 +144,9 @@ class ContentPath(nn.Module):
         """Build the path over the modalities of `schema`; the bank is created on `device`.
 
         Raises:
-            ConfigError: If targets shall come from the bank, and the history content keeps none; or if targets shall be
-                compared with the history, and there is no history content.
+            ConfigError: If targets shall come from the bank, and the history content keeps none; if targets shall be
+                compared with the history, and there is no history content; or if items shall be encoded by their
+                owners only, and the history content encodes them itself.
         """
         super().__init__()
         width = config.embedding_dim
@@ -124,6 +155,9 @@ class ContentPath(nn.Module):
         self.tokens: nn.Module = tokens
         self._encode_fraction = config.encode_fraction
         self._stop_gradient = config.stop_gradient
+        self._item_rows, self._routed = schema.item_rows, config.routing == "owner"
+        # The run's seed, the same on all ranks: tables are what ranks draw from seeds of their own.
+        self._draw_seed = torch.initial_seed()
         self.tower = build_part(
             TOWERS,
             config.content,
@@ -146,6 +180,11 @@ class ContentPath(nn.Module):
             raise ConfigError(
                 f"--model.encode_fraction {config.encode_fraction} reads the other items from the content bank, which "
                 f"--model.history {config.history} does not keep; use 1 or --model.history cache"
+            )
+        if self._routed and self.history is not None and self.bank is None:
+            raise ConfigError(
+                f"--model.routing owner encodes items on the ranks that own them, and --model.history {config.history} "
+                "encodes those of histories on any rank; use --model.history cache or --model.routing local"
             )
         self.similarity: Any = None
         if config.similarity != "none":
@@ -172,10 +211,28 @@ class ContentPath(nn.Module):
         items: HistoryItems = self.history(_HistorySource(item_V, bank, self.tokens), self.tower, self.projection)
         return items
 
-    def forward(self, items: DistinctItems, step: int) -> Content:
-        """Return the content of a batch's items; while training, also write the bank as of `step`. Collective."""
-        bank = self._read_bank(items)
-        raw_UD, encoded_U, metrics = self._encode_targets(items, bank, step)
+    def ask(self, items: DistinctItems) -> Route | None:
+        """Begin to ask the owners of a batch's targets for them; None if each rank encodes its own. Collective."""
+        if not self._routed:
+            return None
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        return Route(items.target_U, self._item_rows, dist.group.WORLD if several else None)
+
+    def forward(self, items: DistinctItems, step: int, route: Route | None = None) -> Content:
+        """Return the content of a batch's items; while training, also write the bank as of `step`. Collective.
+
+        Args:
+            items: The batch's items.
+            step: Number of the training step, from 1.
+            route: What `ask` returned for the same items.
+        """
+        assert (route is not None) == self._routed, "the way of the targets is what ask() returned for them"
+        provided_R = items.target_U if route is None else route.items()
+        bank = self._read_bank(items.history_V, provided_R)
+        targets = self._encode_targets(provided_R, bank, step)
+        if route is not None:
+            targets = targets.home(route)
+        raw_UD = targets.raw_UD
         target_UD = self.projection(raw_UD)
         content_BD = self._for_ranker(target_UD)[items.row_B]
         blocks = {"content": content_BD}
@@ -186,59 +243,62 @@ class ContentPath(nn.Module):
             if self.similarity is not None:
                 raw_BD = self._for_ranker(raw_UD)[items.row_B]
                 blocks["content_similarity"] = self.similarity(raw_BD, history, items.row_N, items.lengths_B)
-        return Content(blocks, target_UD, encoded_U, metrics)
+        return Content(blocks, target_UD, targets.encoded_U, {} if bank is None else _bank_metrics(bank, targets))
 
     def _for_ranker(self, content_UD: Tensor) -> Tensor:
         """Return the content as the ranker gets it: without a way back to the tower under `stop_gradient`."""
         return stop_gradient(content_UD) if self._stop_gradient else content_UD
 
-    def _read_bank(self, items: DistinctItems) -> _BankRows | None:
-        """Read the rows of history and target items in one exchange."""
+    def _read_bank(self, history_V: Tensor, provided_R: Tensor) -> _BankRows | None:
+        """Read the rows of history items and of those to provide in one exchange."""
         if self.bank is None:
             return None
-        rows_D, step = self.bank.read(torch.cat([items.history_V, items.target_U]))
-        written, end = step > NEVER, items.history_V.numel()
+        rows_D, step = self.bank.read(torch.cat([history_V, provided_R]))
+        written, end = step > NEVER, history_V.numel()
         return _BankRows(rows_D[:end], written[:end], rows_D[end:], written[end:])
 
-    def _encode_targets(
-        self, items: DistinctItems, bank: _BankRows | None, step: int
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the targets' content before the projection, which of them were encoded, and the bank's metrics."""
+    def _encode_targets(self, item_R: Tensor, bank: _BankRows | None, step: int) -> _Targets:
+        """Return the content of the items that this rank provides; while training, also write it to the bank."""
         if bank is None or self.bank is None:
-            return *self.encode(items.target_U), {}
-        drawn_U = self._draw(bank.written_U)
-        fresh_F, missing_G = (mask_U.nonzero().squeeze(1) for mask_U in (drawn_U, ~drawn_U & ~bank.written_U))
-        fresh_FD, present_F = self.encode(items.target_U[fresh_F])
-        missing_GD, present_G = self._encode_missing(items.target_U[missing_G], bank.target_UD)
-        raw_UD = bank.target_UD.index_copy(0, missing_G, missing_GD).index_copy(0, fresh_F, fresh_FD)
-        encoded_U = torch.zeros_like(drawn_U).index_copy_(0, fresh_F, present_F)
+            raw_RD, present_R = self.encode(item_R)
+            return _Targets(raw_RD, present_R, torch.zeros_like(present_R), torch.zeros_like(raw_RD[:, 0]).detach())
+        drawn_R = self._draw(item_R, step)
+        fresh_F, missing_G = (mask_R.nonzero().squeeze(1) for mask_R in (drawn_R, ~drawn_R & ~bank.written_R))
+        fresh_FD, present_F = self.encode(item_R[fresh_F])
+        missing_GD, present_G = self._encode_missing(item_R[missing_G], bank.provided_RD)
+        raw_RD = bank.provided_RD.index_copy(0, missing_G, missing_GD).index_copy(0, fresh_F, fresh_FD)
+        encoded_R = torch.zeros_like(drawn_R).index_copy_(0, fresh_F, present_F)
         if self.training:
-            known_K = encoded_U.index_copy(0, missing_G, present_G).nonzero().squeeze(1)
-            self.bank.write(items.target_U[known_K], raw_UD[known_K], step)
-        return raw_UD, encoded_U, _bank_metrics(bank, fresh_F, fresh_FD)
+            known_K = encoded_R.index_copy(0, missing_G, present_G).nonzero().squeeze(1)
+            self.bank.write(item_R[known_K], raw_RD[known_K], step)
+        similarity_F = functional.cosine_similarity(bank.provided_RD[fresh_F], fresh_FD.detach(), dim=1)
+        similarity_R = torch.zeros_like(bank.provided_RD[:, 0]).index_copy_(0, fresh_F, similarity_F)
+        return _Targets(raw_RD, encoded_R, drawn_R & bank.written_R, similarity_R)
 
-    def _draw(self, written_U: Tensor) -> Tensor:
-        """Choose the targets to encode with gradient; return which."""
+    def _draw(self, item_R: Tensor, step: int) -> Tensor:
+        """Choose the items to encode with gradient; return which."""
+        everything_R = torch.ones_like(item_R, dtype=torch.bool)
         if not self.training:
-            return torch.zeros_like(written_U)
+            return ~everything_R
         if self._encode_fraction >= 1:
-            return torch.ones_like(written_U)
-        return torch.rand(written_U.numel(), device=written_U.device) < self._encode_fraction
+            return everything_R
+        if self._routed:
+            return draw_items(item_R, self._encode_fraction, step, self._draw_seed)
+        return torch.rand(item_R.numel(), device=item_R.device) < self._encode_fraction
 
     @torch.no_grad()
-    def _encode_missing(self, item_G: Tensor, like_UD: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode_missing(self, item_G: Tensor, like_RD: Tensor) -> tuple[Tensor, Tensor]:
         """Encode items that the bank does not hold, `ITEMS_AT_A_TIME`; see `encode`."""
         if not item_G.numel():
-            return like_UD[:0], torch.zeros_like(item_G, dtype=torch.bool)
+            return like_RD[:0], torch.zeros_like(item_G, dtype=torch.bool)
         parts = [self.encode(part_G) for part_G in torch.split(item_G, ITEMS_AT_A_TIME)]
         return torch.cat([part_GD for part_GD, _ in parts]), torch.cat([present_G for _, present_G in parts])
 
 
 @torch.no_grad()
-def _bank_metrics(bank: _BankRows, fresh_F: Tensor, fresh_FD: Tensor) -> dict[str, Tensor]:
-    written_F = bank.written_U[fresh_F]
-    similarity_F = functional.cosine_similarity(bank.target_UD[fresh_F], fresh_FD, dim=1)
+def _bank_metrics(bank: _BankRows, targets: _Targets) -> dict[str, Tensor]:
+    compared_U = targets.compared_U
     return {
         "bank_coverage": bank.written_V.float().sum() / max(bank.written_V.numel(), 1),
-        "bank_similarity": (similarity_F * written_F).sum() / written_F.sum().clamp_min(1),
+        "bank_similarity": (targets.similarity_U * compared_U).sum() / compared_U.sum().clamp_min(1),
     }

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from torchrec_em3.batch import TARGET
+from torchrec_em3.components.item_routing import owned_rows
 from torchrec_em3.config import Config
 from torchrec_em3.content_path import ITEMS_AT_A_TIME
 from torchrec_em3.datasets.labels import task_columns
@@ -51,7 +52,7 @@ class Predictions:
 
 @torch.no_grad()
 def refresh_bank(sharded: ShardedModel, ranks: Ranks) -> None:
-    """Encode the whole catalogue with the current tower into the content bank, each rank its share. Collective.
+    """Encode the whole catalogue with the current tower into the content bank, each rank the rows it owns. Collective.
 
     Evaluation starts with this, as serving would: otherwise items that never were a target have no content in
     histories. Items without content are forgotten, whatever they had before.
@@ -61,11 +62,11 @@ def refresh_bank(sharded: ShardedModel, ranks: Ranks) -> None:
         return
     training = content.training
     content.eval()
-    rows = sharded.model.item_rows
-    stride = ITEMS_AT_A_TIME * ranks.world_size
-    for start in range(1, rows, stride):
-        first = start + ranks.rank * ITEMS_AT_A_TIME
-        items = torch.arange(min(first, rows), min(first + ITEMS_AT_A_TIME, rows), device=ranks.device)
+    owned = owned_rows(sharded.model.item_rows, ranks.rank, ranks.world_size)
+    # Writes are collective, so each rank makes as many as rank 0, whose share is the largest.
+    for start in range(0, len(owned_rows(sharded.model.item_rows, 0, ranks.world_size)), ITEMS_AT_A_TIME):
+        part = owned[start : start + ITEMS_AT_A_TIME]
+        items = torch.arange(max(part.start, 1), max(part.stop, 1), device=ranks.device)
         content_UD, present_U = content.encode(items)
         content.bank.write(items[present_U], content_UD[present_U], max(sharded.model.step, 1))
         content.bank.forget(items[~present_U])

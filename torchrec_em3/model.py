@@ -109,7 +109,10 @@ class EM3Model(nn.Module):
     def ask(self, batch: Batch) -> PendingBatch:
         """Find a batch's distinct items and ask for the embeddings of its ids; reads no weight. Collective."""
         user_BF, items = self._split(batch.sparse)
-        return PendingBatch(batch, items, self.users.ask(user_BF), self.items.ask(items.target_U, items.history_V))
+        route = None if self.content is None else self.content.ask(items)
+        return PendingBatch(
+            batch, items, self.users.ask(user_BF), self.items.ask(items.target_U, items.history_V), route
+        )
 
     def forward(self, batch: Batch | PendingBatch) -> tuple[Tensor, Output]:
         """Return the loss (a scalar whose mean over ranks is the global batch's) and the logits with their metrics.
@@ -131,7 +134,7 @@ class EM3Model(nn.Module):
         metrics: dict[str, Tensor] = {}
         alignment = None
         if self.content is not None:
-            content = self.content(items, self.step)
+            content = self.content(items, self.step, pending.route)
             blocks |= content.blocks
             metrics = content.metrics
             alignment = self._align(content, target_UD, items)

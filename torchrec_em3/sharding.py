@@ -45,6 +45,7 @@ from torchrec_em3.plan_budget import BudgetReservation, model_budget
 from torchrec_em3.plan_report import PlanReport
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.registry import closest
+from torchrec_em3.shard_memory import room_for_shards
 from torchrec_em3.topology import Cluster
 from torchrec_em3.weight_average import WeightAverage
 
@@ -231,14 +232,16 @@ def shard(model: EM3Model, config: Config, ranks: Ranks, cluster: Cluster) -> Sh
         the rank.
 
     Raises:
-        ConfigError: If no plan fits or the fused optimizer does not exist on this device.
+        ConfigError: If no plan fits, the memory of a rank is too small after all, or the fused optimizer does not exist
+            on this device.
     """
     _fuse_optimizers(model, config.embeddings, ranks.device)
     plan, report = make_plan(model, config, cluster, ranks)
     torch.manual_seed(config.seed * 1_000_003 + 1 + ranks.rank)
-    module = DistributedModelParallel(
-        module=model, device=ranks.device, plan=plan, sharders=_sharders(ranks.device.type)
-    )
+    with room_for_shards(model, ranks.world_size):
+        module = DistributedModelParallel(
+            module=model, device=ranks.device, plan=plan, sharders=_sharders(ranks.device.type)
+        )
     if config.train.compile_ranker:
         _compile_ranker(model, ranks.device)
     encoders = [part for part in model.modules() if isinstance(part, EncoderSuffixes)]

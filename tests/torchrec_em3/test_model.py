@@ -172,7 +172,7 @@ def test_evaluation_encodes_only_what_the_bank_does_not_hold() -> None:
     mixed = logits(model, (1, []), (5, []))
     assert store.fetched[-1] == [5]
     assert model.content is not None
-    model.content._draw = torch.ones_like  # as if the bank held nothing
+    model.content._draw = lambda item_R, step: torch.ones_like(item_R, dtype=torch.bool)  # as if the bank held nothing
     torch.testing.assert_close(logits(model, (1, []), (5, [])), mixed)
 
 
@@ -187,7 +187,7 @@ def test_only_targets_encoded_in_the_step_are_aligned(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(model.alignment, "forward", record)
     assert model.content is not None
-    monkeypatch.setattr(model.content, "_draw", lambda written_U: torch.arange(len(written_U)) != 1)
+    monkeypatch.setattr(model.content, "_draw", lambda item_R, step: torch.arange(len(item_R)) != 1)
     model(batch([1, 2, 3, 3, 11], [[], [], [], [], []]))
     assert aligned == [[1, 3]], "2 was not drawn, 11 has no content"
     rows = torch.arange(SCHEMA.item_rows)
