@@ -75,6 +75,21 @@ class Attention(nn.Module):
         attended_URHE = self._absorbed(query_URHE, keys) if few else self._projected(query_URHE, keys)
         return self.output(attended_URHE.flatten(2))
 
+    def weights(self, query_URD: Tensor, keys: Sequence[Keys]) -> Tensor:
+        """Return the weight of each key for each query row, [U, H, R, K] over all groups, for a look at few sequences.
+
+        They sum to 1, and are 0 where masked; all are 0 where a sequence has no valid key.
+
+        Args:
+            query_URD: As in `forward`.
+            keys: As in `forward`.
+        """
+        query_URHE = self._heads(self.query(query_URD))
+        key_UKHE = self._heads(torch.cat([self.key(group.rows_UTD) for group in keys], dim=1))
+        score_UKHR = torch.einsum("urhe,ukhe->ukhr", query_URHE.expand(len(key_UKHE), -1, -1, -1), key_UKHE)
+        weight_UKP = _masked_softmax(score_UKHR.flatten(2) * self.scale, keys)
+        return weight_UKP.view(score_UKHR.shape).permute(0, 2, 3, 1)
+
     def _projected(self, query_URHE: Tensor, keys: Sequence[Keys]) -> Tensor:
         """Project every key to K and V."""
         key_UKHE = self._heads(torch.cat([self.key(group.rows_UTD) for group in keys], dim=1))

@@ -102,7 +102,8 @@ class ContentTower(Protocol):
     """Fuses the tokens of any number of modalities into one vector an item; an `nn.Module`.
 
     Constructor `(options, token_dims, token_counts, width)`: token width and largest token count by modality name,
-    and D. A tower whose output is not D wide says so in an attribute `output_width`.
+    and D. A tower whose output is not D wide says so in an attribute `output_width`. One with a method
+    `token_attention(tokens)`, see `FusionQFormer`, is shown at work by `em3 report --attention`.
     """
 
     def __call__(self, tokens: Mapping[str, ModalityTokens]) -> Tensor:

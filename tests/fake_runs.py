@@ -155,5 +155,9 @@ def _write_embeddings(path: Path, data: PreparedData, rng: np.random.Generator, 
     if content:
         arrays["content"] = 1.5 * centres[kind] + 0.6 * rng.normal(size=(len(item), DIM))
         arrays["present"] = rng.random(len(item)) > 0.02
+        arrays["known"] = data.item_train_count[item] > 0
+        arrays["aligned_id"] = arrays["id"] / np.maximum(np.linalg.norm(arrays["id"], axis=1, keepdims=True), 1e-5)
+        near = arrays["aligned_id"] + 0.2 * rng.normal(size=(len(item), DIM))
+        arrays["aligned_content"] = near / np.linalg.norm(near, axis=1, keepdims=True)
     floats = {name: array.astype(np.float32) for name, array in arrays.items() if array.dtype == np.float64}
     np.savez(path, **(arrays | floats))

@@ -34,6 +34,9 @@ class TinyTextEncoder:
                 tokens[row, place] = torch.from_numpy(np.frombuffer(digest, np.uint8).astype(np.float32) / 128 - 1)
         return tokens, lengths
 
+    def pieces(self, text: str) -> list[str]:
+        return text.lower().split()[: self.max_tokens] or [""]
+
 
 @ENCODERS.register("tiny_image")
 class TinyImageEncoder:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from torchrec_em3.batch import TARGET
+from torchrec_em3.components.alignment.contrast import ContrastHeads
 from torchrec_em3.components.item_routing import owned_rows
 from torchrec_em3.config import Config
 from torchrec_em3.content_path import ITEMS_AT_A_TIME
@@ -191,7 +192,10 @@ def _measure(
 
 @torch.no_grad()
 def save_embeddings(path: Path, sharded: ShardedModel, ranks: Ranks, seed: int) -> None:
-    """Write content and ID embeddings of a seeded sample of items, those never trained on included. Collective."""
+    """Write content and ID embeddings of a seeded sample of items, those never trained on included. Collective.
+
+    Where the alignment loss has heads, what it compares is written too: both sides behind them.
+    """
     model = sharded.model
     sharded.module.eval()
     rows = np.random.default_rng(seed).permutation(np.arange(1, model.item_rows))[:MAP_ITEMS]
@@ -200,7 +204,11 @@ def save_embeddings(path: Path, sharded: ShardedModel, ranks: Ranks, seed: int) 
     arrays = {"item": items, "id": id_UD, "known": model.items.known(items)}
     if model.content is not None:
         raw_UD, present_U = model.content.encode(items)
-        arrays |= {"content": model.content.projection(raw_UD), "present": present_U}
+        content_UD = model.content.projection(raw_UD)
+        arrays |= {"content": content_UD, "present": present_U}
+        heads = getattr(model.alignment, "heads", None)
+        if isinstance(heads, ContrastHeads):
+            arrays["aligned_content"], arrays["aligned_id"] = heads(content_UD, id_UD)
     sharded.module.train()
     if ranks.is_first:
         np.savez(path, **{name: array.cpu().numpy() for name, array in arrays.items()})

@@ -22,7 +22,9 @@ __all__ = [
     "auc_difference",
     "calibration_bins",
     "ranking_metrics",
+    "row_logloss",
     "sliced_metrics",
+    "user_aucs",
 ]
 
 Metrics = dict[str, float | int | None]
@@ -82,7 +84,7 @@ def ranking_metrics(
         return result
     total = w.sum()
     base_rate = float(w @ y / total)
-    logloss = float(w @ (np.logaddexp(0.0, x) - y * x) / total)
+    logloss = float(w @ row_logloss(y, x) / total)
     result["logloss"] = logloss
     if y.any() and not y.all():
         entropy = -base_rate * np.log(base_rate) - (1.0 - base_rate) * np.log1p(-base_rate)
@@ -93,6 +95,24 @@ def ranking_metrics(
     if group is not None:
         result["gauc"] = _grouped_auc(y, x, w, group)
     return result
+
+
+def row_logloss(label: ArrayLike, logit: ArrayLike) -> Floats:
+    """Return the log-loss of each row in nats."""
+    x = np.asarray(logit, dtype=np.float64)
+    return np.logaddexp(0.0, x) - np.asarray(label, dtype=np.float64) * x
+
+
+def user_aucs(label: ArrayLike, logit: ArrayLike, user: ArrayLike) -> tuple[Floats, Floats]:
+    """Return AUC and number of rows of each user with both classes, by rising user; `gauc` is their weighted mean.
+
+    Raises:
+        DataError: As `ranking_metrics`.
+        NumericError: As `ranking_metrics`.
+    """
+    y, x, w, group = _aligned(label, logit, None, user)
+    assert group is not None
+    return _group_aucs(y, x, w, group) if len(y) else (y, w)
 
 
 def sliced_metrics(
@@ -267,6 +287,12 @@ def _aligned(
 
 def _grouped_auc(y: Floats, x: Floats, w: Floats, group: NDArray) -> float | None:
     """Mean of each group's AUC, weighted by the group's weight; ties count half."""
+    auc, weight = _group_aucs(y, x, w, group)
+    return float(np.average(auc, weights=weight)) if len(auc) else None
+
+
+def _group_aucs(y: Floats, x: Floats, w: Floats, group: NDArray) -> tuple[Floats, Floats]:
+    """Return AUC and weight of each group with both classes, in the order of the groups."""
     order = np.lexsort((x, group))
     y, x, w, group = y[order], x[order], w[order], group[order]
     new_group = np.concatenate(([True], group[1:] != group[:-1]))
@@ -278,10 +304,8 @@ def _grouped_auc(y: Floats, x: Floats, w: Floats, group: NDArray) -> float | Non
     wins = np.add.reduceat(positive * (below + 0.5 * negative), first_tie)
     num_positive, num_negative = np.add.reduceat(positive, first_tie), np.add.reduceat(negative, first_tie)
     mixed = (num_positive > 0) & (num_negative > 0)
-    if not mixed.any():
-        return None
     auc = wins[mixed] / (num_positive[mixed] * num_negative[mixed])
-    return float(np.average(auc, weights=(num_positive + num_negative)[mixed]))
+    return auc, (num_positive + num_negative)[mixed]
 
 
 def _placements(x: Floats, positive: NDArray[np.bool_]) -> Floats:

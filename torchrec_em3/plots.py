@@ -33,7 +33,7 @@ DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
 @dataclass(frozen=True)
 class Line:
-    """A series of points joined in order; `low` and `high`, if given, are the ends of an error bar at each point."""
+    """A series of points joined in order; `low` and `high`, if given, are the ends of an interval at each point."""
 
     label: str
     series: int
@@ -45,11 +45,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar; `value` None leaves its place empty."""
+    """One bar; `value` None leaves its place empty; `interval` is drawn as an error bar."""
 
     label: str
     series: int
     value: float | None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,23 +113,35 @@ class _Axes:
         )
 
 
-def line_chart(lines: Sequence[Line], x_title: str, y_title: str) -> Markup:
-    """Draw series over a common axis; a single point becomes a dot. Empty without points."""
+def line_chart(
+    lines: Sequence[Line], x_title: str, y_title: str, x_ticks: Sequence[tuple[float, str]] | None = None
+) -> Markup:
+    """Draw series over a common axis; a single point becomes a dot, intervals a band. Empty without points.
+
+    Args:
+        lines: The series.
+        x_title: Title of the horizontal axis.
+        y_title: Title of the vertical axis.
+        x_ticks: Places and names of the horizontal ticks; None for round numbers.
+    """
     drawn = [line for line in lines if len(line.x)]
     if not drawn:
         return Markup("")
     xs = [value for line in drawn for value in line.x]
-    ys = [value for line in drawn for value in line.y]
-    axes = _Axes(_padded(min(xs), max(xs), 0.0), _padded(min(ys), max(ys), 0.05))
-    parts = list(axes.frame(x_title, y_title, _labelled(_ticks(*_padded(min(xs), max(xs), 0.0), 4))))
+    ys = [value for line in drawn for column in (line.y, line.low, line.high) for value in column]
+    x_range = _padded(min(xs), max(xs), 0.0 if x_ticks is None else 0.04)
+    axes = _Axes(x_range, _padded(min(ys), max(ys), 0.05))
+    parts = list(axes.frame(x_title, y_title, _labelled(_ticks(*x_range, 4)) if x_ticks is None else x_ticks))
     parts.append(axes.level(axes.bottom))
+    parts += [_band(axes, line) for line in drawn if len(line.low)]
     for line in drawn:
         points = [(axes.px(x), axes.py(y)) for x, y in zip(line.x, line.y, strict=True)]
         parts.append(_polyline(points, line))
         if len(points) <= 30:
+            names = dict(x_ticks or ())
             parts += [
                 f'<circle class="s{line.series % COLOURS} fill" cx="{px:.1f}" cy="{py:.1f}" r="2.5">'
-                f"<title>{escape(line.label)}: {y:.4g} at {short(x)}</title></circle>"
+                f"<title>{escape(line.label)}: {y:.4g} at {escape(names.get(x) or short(x))}</title></circle>"
                 for (px, py), x, y in zip(points, line.x, line.y, strict=True)
             ]
     return _svg(parts, WIDTH, HEIGHT, f"{y_title} over {x_title}")
@@ -146,6 +159,7 @@ def bar_chart(groups: Sequence[BarGroup], y_title: str, base: float, x_title: st
     """
     levels = [bar.value for group in groups for bar in group.bars if bar.value is not None]
     levels += [group.mark for group in groups if group.mark is not None]
+    levels += [end for group in groups for bar in group.bars for end in bar.interval or ()]
     if not levels:
         return Markup("")
     low, high = _padded(min(base, *levels), max(base, *levels), 0.06)
@@ -249,6 +263,14 @@ def _polyline(points: Sequence[tuple[float, float]], line: Line) -> str:
     )
 
 
+def _band(axes: _Axes, line: Line) -> str:
+    """Return the area between the lower and the upper ends of a line's intervals."""
+    there = [(axes.px(x), axes.py(low)) for x, low in zip(line.x, line.low, strict=True)]
+    back = [(axes.px(x), axes.py(high)) for x, high in zip(line.x, line.high, strict=True)]
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (*there, *reversed(back)))
+    return f'<polygon class="s{line.series % COLOURS} band" points="{points}"/>'
+
+
 def _bars(axes: _Axes, group: BarGroup, place: int, base: float, digits: int) -> Iterator[str]:
     width = 0.84 / max(len(group.bars), 1)
     faint = " faint" if group.faint else ""
@@ -261,6 +283,10 @@ def _bars(axes: _Axes, group: BarGroup, place: int, base: float, digits: int) ->
         box = f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{max(bottom - top, 0.5):.1f}"'
         name = f"{bar.label}, {group.name}: {bar.value:.{digits}f}"
         yield f'<rect class="s{bar.series % COLOURS} fill{faint}" {box}><title>{escape(name)}</title></rect>'
+        if bar.interval is not None:
+            low, high = (axes.py(end) for end in bar.interval)
+            middle = (left + right) / 2
+            yield f'<line class="whisker" x1="{middle:.1f}" x2="{middle:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
     if group.mark is not None:
         y = axes.py(group.mark)
         yield (

@@ -2,15 +2,22 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from torchrec_em3 import __version__
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.errors import DataError
+from torchrec_em3.item_attention import ItemAttention
 from torchrec_em3.number_format import FILTERS
 from torchrec_em3.plots import dot_outline
+from torchrec_em3.report_ablation import ablations
+from torchrec_em3.report_alignment import alignment_histograms
+from torchrec_em3.report_attention import attention_cards
+from torchrec_em3.report_cold_start import RESAMPLES, cold_start_curves
 from torchrec_em3.report_maps import embedding_maps
 from torchrec_em3.report_neighbours import contact_sheet
 from torchrec_em3.report_sections import (
@@ -25,14 +32,36 @@ from torchrec_em3.report_sections import (
 )
 from torchrec_em3.report_tasks import task_rows
 from torchrec_em3.run_record import RunRecord, read_records
+from torchrec_em3.variants import group_variants
 from torchrec_em3.verdict import compare
 
-__all__ = ["write_report"]
+__all__ = ["AttentionReading", "write_report"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(runs: Sequence[Path], out: Path, data_folder: Path | None = None, images: Path | None = None) -> Path:
+@dataclass(frozen=True)
+class AttentionReading:
+    """What the content tower of one run attends to, for `write_report`.
+
+    Attributes:
+        run: Name of the run.
+        items: The items, rows of `data`.
+        data: The run's prepared folder.
+    """
+
+    run: str
+    items: Sequence[ItemAttention]
+    data: PreparedData
+
+
+def write_report(
+    runs: Sequence[Path],
+    out: Path,
+    data_folder: Path | None = None,
+    images: Path | None = None,
+    attention: AttentionReading | None = None,
+) -> Path:
     """Write a page that compares runs; it needs neither network nor scripts.
 
     Whatever a run lacks, because it was stopped or is older, becomes a sentence on the page.
@@ -42,6 +71,7 @@ def write_report(runs: Sequence[Path], out: Path, data_folder: Path | None = Non
         out: HTML file to write, in place of any that is there.
         data_folder: Prepared folder of all runs, if it is not where they were trained on it.
         images: Folder that the catalogue's pictures are relative to, to show items with their neighbours.
+        attention: What a tower attends to, to be shown over pictures and texts.
 
     Returns:
         `out`.
@@ -54,13 +84,19 @@ def write_report(runs: Sequence[Path], out: Path, data_folder: Path | None = Non
         raise DataError(f"{images}: no such folder; give the one that the pictures were prepared from")
     records = read_records(runs)
     data, unread = _open_data(records, data_folder)
+    variants = group_variants(records)
+    comparisons = compare(records, data)
     page = (
         _environment()
         .get_template("report.html")
         .render(
             version=__version__,
             records=records,
-            comparisons=compare(records, data),
+            comparisons=comparisons,
+            ablations=ablations(comparisons),
+            cold_start=cold_start_curves(variants, data),
+            resamples=RESAMPLES,
+            alignment=alignment_histograms(variants),
             rows=run_rows(records),
             tasks=task_rows(records),
             slices=slices(records),
@@ -68,6 +104,7 @@ def write_report(runs: Sequence[Path], out: Path, data_folder: Path | None = Non
             reliability=reliability(records),
             maps=embedding_maps(records, data),
             sheet=contact_sheet(records, data, images),
+            attention=_attention(attention, images),
             plans=plans(records),
             data=data_summaries(data),
             unread=unread,
@@ -80,6 +117,12 @@ def write_report(runs: Sequence[Path], out: Path, data_folder: Path | None = Non
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, out)
     return out
+
+
+def _attention(reading: AttentionReading | None, images: Path | None) -> dict[str, Any] | None:
+    if reading is None:
+        return None
+    return {"run": reading.run, "cards": attention_cards(reading.items, reading.data, images)}
 
 
 def _open_data(

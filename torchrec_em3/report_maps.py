@@ -17,6 +17,7 @@ from torchrec_em3.embedding_map import (
 )
 from torchrec_em3.plots import COLOURS, Dot, map_chart
 from torchrec_em3.run_record import RunRecord
+from torchrec_em3.variants import group_variants
 
 __all__ = ["embedding_maps"]
 
@@ -38,13 +39,11 @@ def embedding_maps(records: Sequence[RunRecord], data: Mapping[str, PreparedData
         `num_unseen`, those of them with content and without training rows.
     """
     sections: list[dict[str, Any]] = []
-    shown: set[tuple[str, str]] = set()
-    for record in records:
-        key = record.variant, str(record.config.get("data"))
-        if record.embeddings is None or key in shown or not len(record.embeddings.item):
-            continue
-        shown.add(key)
-        sections.append(_section(record, data.get(record.name)))
+    for variant in group_variants(records):
+        usable = (run for run in variant.runs if run.embeddings is not None and len(run.embeddings.item))
+        record = next(usable, None)
+        if record is not None:
+            sections.append(_section(record, data.get(record.name)))
     return sections
 
 

@@ -14,7 +14,7 @@ from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.embedding_map import nearest
 from torchrec_em3.run_record import Embeddings, RunRecord
 
-__all__ = ["contact_sheet"]
+__all__ = ["contact_sheet", "thumbnail"]
 
 SEED = 0
 EXAMPLES = 4
@@ -85,6 +85,20 @@ def _near(vectors_ND: NDArray, valid_N: NDArray[np.bool_], place: int) -> list[i
     return usable[nearest(vectors_ND[usable], query, NEIGHBOURS)[0]].tolist()
 
 
+def thumbnail(images: Path, name: str, size: tuple[int, int] = SIZE) -> str:
+    """Return a small picture as a data URI, or "" if there is none by that name inside the folder `images`."""
+    path = images / name
+    if not name or not path.resolve().is_relative_to(images.resolve()):
+        return ""
+    image = load_image(path).image
+    if image is None:
+        return ""
+    image.thumbnail(size)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 class _Cards:
     """Items as the page shows them; counts the bytes of their pictures."""
 
@@ -99,16 +113,7 @@ class _Cards:
         return {"title": self._titles[place], "picture": self._thumbnail(self._pictures[place])}
 
     def _thumbnail(self, name: str) -> str:
-        path = self._images / name
-        if not name or not path.resolve().is_relative_to(self._images.resolve()):
-            return ""
-        image = load_image(path).image
-        if image is None:
-            return ""
-        image.thumbnail(SIZE)
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=QUALITY)
-        uri = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+        uri = thumbnail(self._images, name)
         if len(uri) > self._left:
             return ""
         self._left -= len(uri)

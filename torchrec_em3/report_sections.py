@@ -9,7 +9,7 @@ import numpy as np
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.metrics import FREQUENCY_SLICES, USER_SLICES, calibration_bins
 from torchrec_em3.plots import Bar, BarGroup, Line, bar_chart, line_chart, reliability_chart
-from torchrec_em3.run_record import RunRecord
+from torchrec_em3.run_record import RunRecord, flatten
 from torchrec_em3.verdict import small_slice
 
 __all__ = [
@@ -76,7 +76,7 @@ def run_rows(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
 
 
 def _same_test(a: RunRecord, b: RunRecord) -> bool:
-    return a.config.get("data") == b.config.get("data") and a.summary.get("split") == b.summary.get("split")
+    return a.place == b.place
 
 
 def _ratio(summary: Mapping[str, Any], baseline: Mapping[str, Any]) -> float | None:
@@ -221,20 +221,10 @@ def data_summaries(data: Mapping[str, PreparedData]) -> list[dict[str, Any]]:
 
 def config_differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Return the options in which the runs differ, with each run's value; the run folder itself is not one."""
-    flat = [_flatten(record.config) for record in records]
+    flat = [flatten(record.config) for record in records]
     keys = sorted({key for options in flat for key in options} - {"run"})
     rows = [(key, [str(options.get(key, "\N{EN DASH}")) for options in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
-
-
-def _flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in options.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def version_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:

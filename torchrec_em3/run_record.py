@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from torchrec_em3.errors import DataError
 
-__all__ = ["CONFIG_FILE", "Embeddings", "RunRecord", "TestRows", "read_record", "read_records"]
+__all__ = ["CONFIG_FILE", "Embeddings", "RunRecord", "TestRows", "flatten", "read_record", "read_records"]
 
 CONFIG_FILE = "config.yaml"
 ID_ONLY = "none"
@@ -30,12 +30,19 @@ class Embeddings:
         id: ID embeddings, float32 [n, D].
         content: Content embeddings, float32 [n, D], or None for an ID-only run.
         present: Whether the item has any content, bool [n].
+        known: Whether the item has an ID embedding of its own, bool [n].
+        aligned_content: Content as the alignment loss compares it, unit vectors, float32 [n, E]; None where the run had
+            no such loss, or kept none.
+        aligned_id: As `aligned_content`, of the ID.
     """
 
     item: NDArray[np.int64]
     id: NDArray[np.float32]
     content: NDArray[np.float32] | None
     present: NDArray[np.bool_]
+    known: NDArray[np.bool_]
+    aligned_content: NDArray[np.float32] | None
+    aligned_id: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)
@@ -92,8 +99,8 @@ class RunRecord:
         return self.part("content") != ID_ONLY
 
     @property
-    def variant(self) -> str:
-        """The model in a few words; runs that differ in the seed alone share it."""
+    def kind(self) -> str:
+        """The model in a few words; models of one kind may still differ in their options."""
         if not self.uses_content:
             return "ID only"
         return f"{self.part('content')}, history {self.part('history')}"
@@ -104,6 +111,11 @@ class RunRecord:
         return self.summary.get("seed", self.config.get("seed"))
 
     @property
+    def place(self) -> tuple[str, str]:
+        """Data and split: what runs must share to be compared."""
+        return str(self.config.get("data")), str(self.summary.get("split"))
+
+    @property
     def data_folder(self) -> Path | None:
         """The prepared folder that the run was trained on."""
         return Path(self.config["data"]) if self.config.get("data") else None
@@ -112,6 +124,17 @@ class RunRecord:
     def test(self) -> Mapping[str, Any]:
         """Metrics of the test split; empty if the run has not been evaluated."""
         return self.summary.get("test") or {}
+
+
+def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested options by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def read_records(folders: Sequence[Path]) -> list[RunRecord]:
@@ -218,12 +241,21 @@ def _read_log(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
 
 def _read_embeddings(path: Path) -> Embeddings:
     with np.load(path, allow_pickle=False) as arrays:
-        item, ids = arrays["item"], arrays["id"]
-        content = arrays.get("content")
-        present = arrays["present"] if "present" in arrays else np.ones(len(item), dtype=bool)
-    if len(ids) != len(item) or (content is not None and len(content) != len(item)):
-        raise ValueError(f"{len(item)} items, but {len(ids)} ID rows")
-    return Embeddings(item, ids, content, present.astype(bool))
+        columns = dict(arrays)
+    item = columns["item"]
+    for name, column in columns.items():
+        if len(column) != len(item):
+            raise ValueError(f"{len(item)} items, but {len(column)} rows of {name}")
+    every = np.ones(len(item), dtype=bool)
+    return Embeddings(
+        item=item,
+        id=columns["id"],
+        content=columns.get("content"),
+        present=columns.get("present", every).astype(bool),
+        known=columns.get("known", every).astype(bool),
+        aligned_content=columns.get("aligned_content"),
+        aligned_id=columns.get("aligned_id"),
+    )
 
 
 def _read_test_rows(path: Path) -> TestRows:

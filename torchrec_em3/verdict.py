@@ -11,6 +11,8 @@ from scipy.stats import t as student_t
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.metrics import FREQUENCY_SLICES, USER_SLICES, auc_difference
 from torchrec_em3.run_record import RunRecord
+from torchrec_em3.significance import DifferenceTest, pair_runs, paired_tests, same_rows
+from torchrec_em3.variants import Variant, closest_baseline, group_variants
 
 __all__ = ["Comparison", "SliceComparison", "compare", "small_slice"]
 
@@ -88,6 +90,8 @@ class Comparison:
         split: Name of the split.
         slices: All rows, then each slice that both models report.
         basis: How the intervals were obtained, one sentence.
+        against_id_only: Whether the baseline is without content.
+        tests: Of the difference, by metric; empty where there is nothing to test on.
     """
 
     title: str
@@ -96,6 +100,8 @@ class Comparison:
     split: str
     slices: Sequence[SliceComparison]
     basis: str
+    against_id_only: bool
+    tests: Sequence[DifferenceTest]
 
 
 def small_slice(n: int) -> bool:
@@ -104,47 +110,39 @@ def small_slice(n: int) -> bool:
 
 
 def compare(records: Sequence[RunRecord], data: Mapping[str, PreparedData]) -> list[Comparison]:
-    """Compare every model with the baseline: the ID-only runs or, without any, those like the first run.
+    """Compare every variant with its baseline (see `closest_baseline`).
 
-    Runs of one model that differ in the seed alone are averaged. Runs on other data are never compared.
+    Runs of one variant, which differ in the seed alone, are averaged. Runs on other data are never compared.
 
     Args:
         records: Runs, evaluated or not.
         data: Prepared folder by name of the run; may lack runs whose data cannot be read.
     """
-    groups: dict[tuple[str, str], dict[str, list[RunRecord]]] = {}
-    for record in records:
-        if record.test:
-            place = str(record.config.get("data")), str(record.summary.get("split"))
-            groups.setdefault(place, {}).setdefault(record.variant, []).append(record)
-    comparisons = []
-    for (_, split), models in groups.items():
-        baseline = next((name for name, runs in models.items() if not runs[0].uses_content), next(iter(models)))
-        for name, runs in models.items():
-            if name != baseline:
-                comparisons.append(_compare_models(split, models[baseline], runs, data))
-    return comparisons
+    variants = group_variants([record for record in records if record.test])
+    baselines = ((variant, closest_baseline(variant, variants)) for variant in variants)
+    pairs = [(first, second) for second, first in baselines if first is not None]
+    return [_compare_models(first, second, data, only_one=len(pairs) == 1) for first, second in pairs]
 
 
-def _compare_models(
-    split: str, first: list[RunRecord], second: list[RunRecord], data: Mapping[str, PreparedData]
-) -> Comparison:
-    pairs = [(a, b) for b in second for a in first if a.seed == b.seed]
-    if not pairs and len(first) == len(second) == 1:
-        pairs = [(first[0], second[0])]
+def _compare_models(first: Variant, second: Variant, data: Mapping[str, PreparedData], *, only_one: bool) -> Comparison:
+    pairs = pair_runs(first, second)
     slices = [
-        _compare_slice(key, first, second, pairs, data)
+        _compare_slice(key, first.runs, second.runs, pairs, data)
         for key in (None, *SLICE_TITLES)
-        if any(_slice(record, key) for record in (*first, *second))
+        if any(_slice(record, key) for record in (*first.runs, *second.runs))
     ]
-    cause = "Content" if not first[0].uses_content else f"'{second[0].variant}'"
+    cause = f"'{second.name}'"
+    if second.uses_content and not first.uses_content:
+        cause = "Content" if only_one else f"Content ({cause})"
     return Comparison(
         title=_title(cause, slices),
-        first=first[0].variant,
-        second=second[0].variant,
-        split=split,
+        first=first.name,
+        second=second.name,
+        split=first.place[1],
         slices=slices,
         basis=_basis(len(pairs), slices),
+        against_id_only=not first.uses_content,
+        tests=paired_tests(pairs),
     )
 
 
@@ -229,9 +227,7 @@ def _shared_rows(
 ) -> tuple[NDArray, NDArray, NDArray] | None:
     """Return label and both logits of the rows of a slice, if both runs have predicted the very same rows."""
     first, second = a.test_rows, b.test_rows
-    if first is None or second is None:
-        return None
-    if not all(np.array_equal(getattr(first, name), getattr(second, name)) for name in ("user", "item", "label")):
+    if first is None or second is None or not same_rows(first, second):
         return None
     if key is None:
         return first.label, first.logit, second.logit

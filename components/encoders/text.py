@@ -99,6 +99,11 @@ class _TextEncoder:
         """Return the layers above `cut`, with the embeddings if it is 0."""
         return TextSuffix(self._model, cut)
 
+    def pieces(self, text: str) -> list[str]:
+        """Return the wordpieces that the tokens of a text stand for, special ones included."""
+        pieces: list[str] = self._tokenizer.convert_ids_to_tokens(self._ids([text])[0])
+        return pieces
+
     def _ids(self, inputs: Sequence[str]) -> list[list[int]]:
         """Return the ids of the wordpieces of each text, at least one."""
         texts = [_clean(str(text)[: CHARACTERS_PER_TOKEN * self.max_tokens]) for text in inputs]

@@ -5,7 +5,7 @@ Shape letters: U items, Q queries, T tokens of a modality, K queries and all tok
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,33 @@ class FusionQFormer(nn.Module):
         Args:
             tokens: Tokens of the same U items by modality; all modalities the tower was built for.
         """
-        keys = [project(tokens[name]) for name, project in self.inputs.items()]
+        rows, keys = self._below_last(self._project(tokens))
+        rows_UQD = self.blocks[-1](rows, keys)
+        return self.readout(self.norm(rows_UQD).flatten(1))
+
+    @torch.no_grad()
+    def token_attention(self, tokens: Mapping[str, ModalityTokens]) -> dict[str, Tensor]:
+        """Return how much each query attends to each token in the last layer, [U, Q, T] by modality, mean over heads.
+
+        What is missing to a sum of 1 goes to the queries themselves. Behind more than one layer a token's row has taken
+        up others', so its weight is no longer about that token alone. With `em3_public` T is 1.
+
+        Args:
+            tokens: As in `forward`.
+        """
+        projected = self._project(tokens)
+        counts = [group.rows_UTD.shape[1] for group in projected]
+        last: Any = self.blocks[-1]
+        weight_UHQK = last.weights(*self._below_last(projected))
+        weight_UQK = weight_UHQK.mean(1)[:, :, self.queries_QD.shape[0] :]
+        return dict(zip(self.inputs, torch.split(weight_UQK, counts, dim=2), strict=True))
+
+    def _project(self, tokens: Mapping[str, ModalityTokens]) -> list[Any]:
+        """Return the tokens of each modality as keys, with their mask."""
+        return [project(tokens[name]) for name, project in self.inputs.items()]
+
+    def _below_last(self, keys: list[Any]) -> tuple[Keys, list[Keys]]:
+        """Return query rows and other keys as the last layer gets them."""
         queries = self.queries_QD.shape[0]
         rows_UQD = self.queries_QD[None]
         if len(self.blocks) > 1:
@@ -126,8 +152,7 @@ class FusionQFormer(nn.Module):
                 rows_UKD = block(Keys(rows_UKD, valid_UK), [])
             rows_UQD = rows_UKD[:, :queries]
             keys = [Keys(rows_UKD[:, queries:], valid_UK[:, queries:])]
-        rows_UQD = self.blocks[-1](Keys(rows_UQD), keys)
-        return self.readout(self.norm(rows_UQD).flatten(1))
+        return Keys(rows_UQD), keys
 
 
 class _Pooled(nn.Module):
@@ -157,12 +182,19 @@ class _PreNormBlock(nn.Module):
 
     def forward(self, rows: Keys, others: list[Keys]) -> Tensor:
         """Return the rows [U, R, D] after the layer; they attend to themselves and to the others."""
+        rows_URD = rows.rows_UTD + self.dropout(self.attention(*self._inputs(rows, others)))
+        return rows_URD + self.dropout(self.ffn(self.norm_ffn(rows_URD)))
+
+    def weights(self, rows: Keys, others: list[Keys]) -> Tensor:
+        """Return what the rows attend to (see `Attention.weights`)."""
+        return self.attention.weights(*self._inputs(rows, others))
+
+    def _inputs(self, rows: Keys, others: list[Keys]) -> tuple[Tensor, list[Keys]]:
+        """Return queries and keys of the attention."""
         normed = Keys(self.norm_rows(rows.rows_UTD), rows.valid_UT)
         if not self.first:
             others = [Keys(self.norm_rows(other), valid) for other, valid in others]
-        keys = [_shared_by_all(normed, others), *others]
-        rows_URD = rows.rows_UTD + self.dropout(self.attention(normed.rows_UTD, keys))
-        return rows_URD + self.dropout(self.ffn(self.norm_ffn(rows_URD)))
+        return normed.rows_UTD, [_shared_by_all(normed, others), *others]
 
 
 class _PublicBlock(nn.Module):
@@ -178,6 +210,10 @@ class _PublicBlock(nn.Module):
         """Return the rows [U, R, D] after the layer; they attend to themselves and to the others."""
         attended_URD = self.attention(rows.rows_UTD, [_shared_by_all(rows, others), *others])
         return self.norm(rows.rows_UTD + self.dropout(attended_URD))
+
+    def weights(self, rows: Keys, others: list[Keys]) -> Tensor:
+        """Return what the rows attend to (see `Attention.weights`)."""
+        return self.attention.weights(rows.rows_UTD, [_shared_by_all(rows, others), *others])
 
 
 def _shared_by_all(rows: Keys, others: list[Keys]) -> Keys:

@@ -105,3 +105,19 @@ def test_adapter_acts_in_training_and_evaluation(rows: int, name: str) -> None:
 def test_heads_must_divide_the_width(heads: int) -> None:
     with pytest.raises(ConfigError, match="num_heads"):
         Attention(WIDTH, heads)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.5])
+def test_weights_are_what_the_values_are_summed_by(epsilon: float) -> None:
+    attention = Attention(WIDTH, HEADS, epsilon).double()
+    query_URD, rows_UKD, valid_UK = example(4)
+    keys = grouped(rows_UKD, valid_UK)
+    weight_UHRK = attention.weights(query_URD, keys)
+    assert not weight_UHRK.masked_select(~valid_UK[:, None, None]).any()
+    torch.testing.assert_close(weight_UHRK.sum(-1), torch.ones_like(weight_UHRK[..., 0]))
+    value_UHKE = attention.value(rows_UKD).unflatten(2, (HEADS, -1)).transpose(1, 2)
+    summed_URD = (weight_UHRK @ value_UHKE).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention.output(summed_URD), attention(query_URD, keys))
+    shared_UHRK = attention.weights(query_URD[:1], keys)
+    torch.testing.assert_close(shared_UHRK[0], weight_UHRK[0])
+    assert len(shared_UHRK) == len(rows_UKD)

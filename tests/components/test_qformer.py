@@ -190,3 +190,36 @@ def test_is_registered_and_needs_a_modality() -> None:
     part = TOWERS.get("fusion_qformer")
     with pytest.raises(ConfigError, match="at least one modality"):
         part.build(part.options(), {}, {}, WIDTH)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_token_attention_is_blind_to_what_is_missing_and_leaves_the_rest_to_the_queries(num_layers: int) -> None:
+    tower, tokens = build(num_layers=num_layers).eval(), random_tokens(6)
+    found = tower.token_attention(tokens)
+    assert {name: tuple(weight.shape) for name, weight in found.items()} == {"text": (6, 2, 5), "image": (6, 2, 3)}
+    for name, weight_UQT in found.items():
+        valid_UQT = tokens[name].valid_UT[:, None].expand_as(weight_UQT)
+        assert (weight_UQT[valid_UQT] > 0).all()
+        assert not weight_UQT[~valid_UQT].any()
+    total_UQ = sum(weight_UQT.sum(2) for weight_UQT in found.values())
+    assert (total_UQ < 1).all()
+    assert not total_UQ[2].any()
+
+
+def test_a_token_that_the_queries_are_made_to_seek_gets_the_attention() -> None:
+    tower, tokens = build(num_heads=1).eval(), random_tokens(4, share=1.0)
+    with torch.no_grad():
+        rows_TD = torch.cat([project(tokens[name]).rows_UTD[3] for name, project in tower.inputs.items()])
+        sought_D = torch.linalg.lstsq(rows_TD, torch.eye(8)[6]).solution
+        attention = tower.blocks[0].attention
+        attention.key.weight.copy_(torch.eye(WIDTH))
+        attention.query.weight.zero_()
+        attention.query.bias.copy_(50 * sought_D)
+    text_QT, image_QT = (weight_UQT[3] for weight_UQT in tower.token_attention(tokens).values())
+    # Of the text's five tokens and the image's three the seventh is sought.
+    assert image_QT[:, 1].min() > 100 * max(text_QT.max(), image_QT[:, [0, 2]].max())
+
+
+def test_em3_public_attends_to_one_token_a_modality() -> None:
+    found = build(preset="em3_public").eval().token_attention(random_tokens(4))
+    assert {tuple(weight.shape) for weight in found.values()} == {(4, 2, 1)}

@@ -72,7 +72,18 @@ def one_run(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_section_is_there_with_the_runs_numbers(page, runs):
     assert "Content helped" in page.words
-    for title in ("Runs", "Slices of the test rows", "Curves", "Reliability", "Embeddings", "Sharding plan", "Data"):
+    for title in (
+        "Is it more than chance?",
+        "Cold start",
+        "Content and ID",
+        "Runs",
+        "Slices of the test rows",
+        "Curves",
+        "Reliability",
+        "Embeddings",
+        "Sharding plan",
+        "Data",
+    ):
         assert title in page.words
     for run in runs:
         test = json.loads((run / "summary.json").read_text())["test"]
@@ -142,6 +153,21 @@ def test_a_missing_piece_leaves_a_sentence(one_run, runs, tmp_path, name, senten
     for together in ([one_run], [runs[0], one_run]):
         page = Page(write_report(together, tmp_path / "report.html"))
         assert sentence in page.words.split("What is missing")[1]
+
+
+SECTIONS = [
+    ("predictions/test.npz", "Cold start", "there is no cold-start curve"),
+    ("predictions/test.npz", "Is it more than chance?", "Not tested: it takes two seeds"),
+    ("embeddings.npz", "Content and ID", "the cosines of content and ID cannot be shown"),
+]
+
+
+@pytest.mark.parametrize(("name", "section", "sentence"), SECTIONS)
+def test_a_section_without_its_data_is_a_sentence(one_run, runs, tmp_path, name, section, sentence):
+    (one_run / name).unlink()
+    others = runs[:1] if section != "Cold start" else []  # any other run has a curve of its own
+    page = Page(write_report([*others, one_run], tmp_path / "report.html"))
+    assert sentence in page.words.split(section)[1]
 
 
 @pytest.mark.parametrize("name", [name for name, _ in MISSING if name != "tensorboard"])

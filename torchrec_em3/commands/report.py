@@ -3,9 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from torchrec_em3.config import NONE
+from torchrec_em3.item_attention import choose_items, read_attention
 from torchrec_em3.parsing import CommandParser
-from torchrec_em3.report import write_report
+from torchrec_em3.process_group import process_group
+from torchrec_em3.report import AttentionReading, write_report
+from torchrec_em3.run_folder import read_run
 from torchrec_em3.runlog import configure_logging
+from torchrec_em3.trained_run import open_trained_run
 
 DESCRIPTION = "Compare runs side by side in one HTML file that needs no network."
 
@@ -21,9 +26,24 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--images", type=str, default="", help="Folder the pictures were prepared from; shows items and neighbours."
     )
+    parser.add_argument(
+        "--attention",
+        type=str,
+        default="",
+        help="Raw ids of items, joined by commas, or auto: shows what the first run with queries attends to in them.",
+    )
     values = parser.parse(arguments)
     configure_logging(first_rank=True)
     runs = [Path(run) for run in values.runs]
     out = Path(values.out) if values.out else runs[0] / "report.html"
     data, images = (Path(folder) if folder else None for folder in (values.data, values.images))
-    print(f"wrote {write_report(runs, out, data, images)}")
+    attention = _read_attention(runs, values.attention, values.data) if values.attention else None
+    print(f"wrote {write_report(runs, out, data, images, attention)}")
+
+
+def _read_attention(runs: Sequence[Path], wanted: str, data_folder: str) -> AttentionReading:
+    """Load the first run with a content tower, or the first of all for its error message, and look into its items."""
+    run = next((run for run in runs if read_run(run).model.content != NONE), runs[0])
+    with process_group() as ranks:
+        trained = open_trained_run(run, ranks, data_folder)
+        return AttentionReading(run.name, read_attention(trained, choose_items(trained.data, wanted)), trained.data)

@@ -91,7 +91,10 @@ def measure(
     summary = write_summary(run, config, data, sharded.model, ranks, training, metrics)
     unseen = metrics["test"]["slices"]["item_frequency"]["0"]
     logger.info(
-        "test  AUC %.4f  items never trained on: AUC %s (n=%d)", metrics["test"]["auc"], unseen["auc"], unseen["n"]
+        "test  AUC %s  items never trained on: AUC %s (n=%d)",
+        decimals(metrics["test"]["auc"]),
+        decimals(unseen["auc"]),
+        unseen["n"],
     )
     for task, found in metrics["test"].get("tasks", {}).items():
         logger.info("  %s: AUC %s  NE %s", task, decimals(found["auc"]), decimals(found["ne"]))
