@@ -14,6 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_em3.batch import HISTORY, TARGET, Batch
 from torchrec_em3.datasets.prepared import PreparedData, Split
+from torchrec_em3.datasets.recent_events import ShardRows
 from torchrec_em3.errors import DataError
 
 __all__ = ["BatchStream", "batch_loader"]
@@ -29,7 +30,7 @@ class BatchStream(IterableDataset[Batch]):
 
     def __init__(
         self,
-        data: PreparedData,
+        data: PreparedData | ShardRows,
         split: Split,
         *,
         batch_size: int,
@@ -38,10 +39,10 @@ class BatchStream(IterableDataset[Batch]):
         world_size: int = 1,
         seed: int = 0,
     ) -> None:
-        """Read the split's columns into memory; `PreparedData` checks that every id and label is in range.
+        """Read the split's columns into memory; its ids and labels have been checked to be in range.
 
         Args:
-            data: The prepared folder.
+            data: The prepared folder, or a shard.
             split: "train" is shuffled anew each epoch; the others keep time order.
             batch_size: Rows per step on each rank.
             max_history: Most recent events of the user that a row sees.
@@ -156,7 +157,7 @@ class BatchStream(IterableDataset[Batch]):
                 history_N, length_B = history_N[known_N], np.bincount(row_N[known_N], minlength=len(length_B))
         return history_N, length_B.astype(np.int64)
 
-    def _check_size(self, data: PreparedData) -> None:
+    def _check_size(self, data: PreparedData | ShardRows) -> None:
         if self._training and self.num_rows < self.global_batch_size:
             raise DataError(
                 f"split train of {data.folder} has {self.num_rows} rows, "

@@ -15,6 +15,8 @@ COMMANDS = {
     "demo": "simulate a catalogue, train ID-only and EM3, and compare them in a report",
     "prepare": "turn raw files into a prepared folder: splits, histories, encoder tokens",
     "train": "train a model on a prepared folder",
+    "follow": "train on shards of events as they arrive, each measured before it is trained on",
+    "shard": "write a split of a prepared folder as shards, to try `em3 follow`",
     "profile": "train a few steps and show where their time goes, by part of the model",
     "evaluate": "measure a trained run again",
     "embed": "write the embeddings of all items, or of new ones, for search and serving",

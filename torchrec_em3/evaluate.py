@@ -16,6 +16,7 @@ from torchrec_em3.content_path import ITEMS_AT_A_TIME
 from torchrec_em3.datasets.labels import task_columns
 from torchrec_em3.datasets.loader import BatchStream, batch_loader
 from torchrec_em3.datasets.prepared import PreparedData, Split
+from torchrec_em3.datasets.recent_events import ShardRows
 from torchrec_em3.errors import NumericError
 from torchrec_em3.metrics import attainable_auc, ranking_metrics, sliced_metrics
 from torchrec_em3.process_group import Ranks
@@ -76,7 +77,7 @@ def refresh_bank(sharded: ShardedModel, ranks: Ranks) -> None:
 
 @torch.no_grad()
 def predict(
-    sharded: ShardedModel, data: PreparedData, split: Split, config: Config, ranks: Ranks
+    sharded: ShardedModel, data: PreparedData | ShardRows, split: Split, config: Config, ranks: Ranks
 ) -> Predictions | None:
     """Score every row of a split. Collective.
 

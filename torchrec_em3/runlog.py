@@ -84,13 +84,21 @@ class RunLog:
             if value is not None:
                 self._writer.add_scalar(f"{phase}/{name}", value, step)
 
-    def rewind(self, step: int) -> None:
-        """Forget the lines after `step`, which a resumed run writes again."""
+    def rewind(self, step: int, epochs: int | None = None) -> None:
+        """Forget the lines that a resumed run writes again.
+
+        Args:
+            step: Lines of later steps are forgotten.
+            epochs: So are those of epochs from this number on, if it is given.
+        """
         if self._writer is None:
             return
         self._lines.close()
         lines = self._path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        found = [(line, json.loads(line)) for line in lines if line.endswith("}")]
+        kept = [
+            line for line, values in found if values["step"] <= step and (epochs is None or values["epoch"] < epochs)
+        ]
         self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._lines = self._path.open("a", encoding="utf-8")
 

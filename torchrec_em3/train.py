@@ -1,16 +1,9 @@
 """The training loop: steps, validation, early stopping, checkpoints, resume."""
 
 import logging
-import signal
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from torchrec_em3.batch import Batch
@@ -22,60 +15,14 @@ from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.errors import NumericError, Preempted
 from torchrec_em3.evaluate import evaluate_split
 from torchrec_em3.faults import fault_point
-from torchrec_em3.pipeline import CheckedPipeline
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import RunLog
 from torchrec_em3.sharding import ShardedModel
-from torchrec_em3.watchdog import StepWatchdog
+from torchrec_em3.training_steps import Progress, TrainingSteps, restored, saved_values
 
 __all__ = ["Progress", "Trainer"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with each checkpoint.
-
-    Attributes:
-        epoch: Current epoch, from 0.
-        row: Rows of the epoch's order that have been trained on, over all ranks.
-        step: Optimizer steps done.
-        samples: Rows trained on, over all ranks and epochs.
-        cpu_seconds: Processor time of training steps, loading included, over all ranks.
-        best_step: Step of the best validation; -1 before the first.
-        best_value: Its metric, larger is better; None before the first.
-        stale_validations: Validations since then.
-        validated_step: Step of the last validation; -1 before the first.
-    """
-
-    epoch: int = 0
-    row: int = 0
-    step: int = 0
-    samples: int = 0
-    cpu_seconds: float = 0.0
-    best_step: int = -1
-    best_value: float | None = None
-    stale_validations: int = 0
-    validated_step: int = -1
-
-
-class _Averages:
-    """Means of the steps' metrics between two log lines, kept as tensors so that no step waits for them."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps = 0
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        self._steps += 1
-        for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-
-    def take(self) -> dict[str, float]:
-        means = {name: float(value) / self._steps for name, value in self._sums.items()}
-        self._sums, self._steps = {}, 0
-        return means
 
 
 class Trainer:
@@ -107,10 +54,8 @@ class Trainer:
         self._saver = CheckpointSaver(
             self.checkpoints, ranks, background=options.async_checkpoints, keep=options.keep_checkpoints
         )
-        self._pipeline = CheckedPipeline(sharded, ranks, self._saver)
-        self._watchdog = StepWatchdog(config.train.step_timeout, ranks.rank)
+        self._steps = TrainingSteps(sharded, ranks, self._saver, options.step_timeout)
         self._log = RunLog(run, ranks.is_first)
-        self._averages = _Averages()
 
     def fit(self, *, resume: bool = False) -> None:
         """Train until early stopping or the last epoch, then load the weights of the best validation.
@@ -125,7 +70,7 @@ class Trainer:
         """
         if resume:
             self._resume()
-        with self._stop_on_sigterm(), self._watchdog, self._saver:
+        with self._steps, self._saver:
             while self.progress.epoch < self._config.train.epochs and not self._exhausted():
                 self._train_epoch()
             if self.progress.best_step < 0:
@@ -140,7 +85,7 @@ class Trainer:
         progress, options = self.progress, self._config.train
         self._stream.seek(progress.epoch, progress.row)
         batches = iter(batch_loader(self._stream, self._config.loader.num_workers))
-        self._pipeline.reset()
+        self._steps.reset()
         self._sharded.module.train()
         if self._validation_is_due() and progress.validated_step != progress.step:  # stopped just before it
             self._validate()
@@ -182,26 +127,13 @@ class Trainer:
     def _train_step(self, batches: Iterator[Batch]) -> bool:
         """Train on one batch; return False at the end of the epoch."""
         progress, options = self.progress, self._config.train
-        started = time.process_time()
-        try:
-            with self._watchdog.step():
-                fault_point("step")
-                output = self._pipeline.progress(batches)
-        except StopIteration:
+        if not self._steps.run(batches, progress):
             return False
-        except NumericError as error:
-            raise NumericError(
-                f"{error} at step {progress.step + 1}; the step was not applied. Lower --train.learning_rate or "
-                "--embeddings.learning_rate, or continue from the last checkpoint with --resume"
-            ) from error
-        progress.step += 1
-        progress.cpu_seconds += time.process_time() - started
         progress.row += self._stream.global_batch_size
         progress.samples += self._stream.global_batch_size
-        self._averages.add(output.metrics)
         if progress.step % options.log_every == 0:
             self._log_train()
-        if self._pipeline.stop_agreed:
+        if self._steps.stop_agreed:
             self._save()
             self._saver.wait()
             raise Preempted(f"stopped by SIGTERM at step {progress.step}; continue with --resume")
@@ -209,7 +141,7 @@ class Trainer:
 
     def _log_train(self) -> None:
         progress = self.progress
-        values: dict[str, float | None] = {**self._averages.take(), "samples": progress.samples}
+        values: dict[str, float | None] = {**self._steps.take_averages(), "samples": progress.samples}
         self._log.scalars("train", step=progress.step, epoch=progress.epoch, values=values)
 
     def _validate(self) -> None:
@@ -252,15 +184,12 @@ class Trainer:
         self._save()
 
     def _save(self) -> None:
-        gathered = self._ranks.gather(self.progress.cpu_seconds)
-        cpu_seconds = sum(gathered) if gathered is not None else 0.0
-        saved = asdict(self.progress) | {"cpu_seconds": cpu_seconds}
+        saved = saved_values(self.progress, self._ranks)
         self._saver.save(self.progress.step, self._sharded, saved, self.progress.best_step)
 
     def _resume(self) -> None:
         saved = self.checkpoints.load(self.checkpoints.newest_good(), self._sharded)
-        # The manifest vouches for the values, so one that is not there is one that earlier versions did not have.
-        progress = Progress(**{name: saved.get(name, default) for name, default in asdict(Progress()).items()})
+        progress = restored(Progress, saved)
         self.progress = progress
         if progress.best_step not in (progress.step, -1) and not self.checkpoints.is_good(progress.best_step):
             logger.warning("the best checkpoint, step %d, is lost; the best is chosen anew", progress.best_step)
@@ -270,26 +199,6 @@ class Trainer:
         self._sharded.model.step = self.progress.step
         self._log.rewind(self.progress.step)
         logger.info("resumed at step %d, epoch %d", self.progress.step, self.progress.epoch + 1)
-
-    def _stop_on_sigterm(self) -> "_SigtermRequest":
-        return _SigtermRequest(self._pipeline)
-
-
-class _SigtermRequest:
-    """While active, SIGTERM asks the pipeline to stop after the current step instead of killing the process."""
-
-    def __init__(self, pipeline: CheckedPipeline) -> None:
-        self._pipeline = pipeline
-        self._previous: Any = None
-
-    def __enter__(self) -> None:
-        self._previous = signal.signal(signal.SIGTERM, self._request)
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self._pipeline.stop_requested = True
 
 
 def _decimals(value: float | None) -> str:

@@ -26,8 +26,8 @@ from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.datasets.simulated import SimulatedOptions, simulate
 from torchrec_em3.errors import ConfigError, Preempted
 from torchrec_em3.parsing import resolve_parts
+from torchrec_em3.pipeline import CheckedPipeline
 from torchrec_em3.process_group import process_group
-from torchrec_em3.train import CheckedPipeline
 
 ENCODERS = "content.tokens.encoders."
 

@@ -28,10 +28,10 @@ from torchrec_em3.datasets.loader import BatchStream
 from torchrec_em3.errors import ConfigError, Preempted
 from torchrec_em3.metrics import ranking_metrics
 from torchrec_em3.parsing import parse_config, resolve_parts
+from torchrec_em3.pipeline import CheckedPipeline
 from torchrec_em3.process_group import process_group
 from torchrec_em3.report import write_report
 from torchrec_em3.tasks import task_weights
-from torchrec_em3.train import CheckedPipeline
 
 TASKS = ["click", "like"]
 RANKERS = ["dcn_v2", "deepfm", "din", "dlrm", "mmoe"]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
+
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder
 from torchrec_em3.config import Config
@@ -29,16 +31,22 @@ def main(arguments: Sequence[str]) -> None:
     config, values = parse_config("train", DESCRIPTION, arguments, _add_arguments)
     with process_group() as ranks:
         configure_logging(ranks.is_first)
-        resume, overwrite = values.resume, values.overwrite
-        if values.restartable or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-            # torchrun, or a scheduler, starts the gang again with the same arguments after a failure: go on, or begin
-            # anew if nothing is saved.
-            resume = ranks.broadcast(CheckpointFolder(Path(config.run) / "checkpoints", ranks).was_used())
-            overwrite = not resume
+        resume, overwrite = how_to_start(values, config, ranks)
         train(config, ranks, resume=resume, overwrite=overwrite, evaluate=not values.skip_evaluation)
 
 
-def _add_arguments(parser: CommandParser) -> None:
+def how_to_start(values: Namespace, config: Config, ranks: Ranks) -> tuple[bool, bool]:
+    """Return whether to resume the run, and whether to replace one that is there. Collective."""
+    if values.restartable or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        # torchrun, or a scheduler, starts the gang again with the same arguments after a failure: go on, or begin
+        # anew if nothing is saved.
+        resume = ranks.broadcast(CheckpointFolder(Path(config.run) / "checkpoints", ranks).was_used())
+        return resume, not resume
+    return values.resume, values.overwrite
+
+
+def add_start_arguments(parser: CommandParser) -> None:
+    """Add the arguments that `how_to_start` reads."""
     parser.add_argument("--resume", action="store_true", help="Continue the run from its last checkpoint.")
     parser.add_argument("--overwrite", action="store_true", help="Replace a run that the folder holds already.")
     parser.add_argument(
@@ -47,6 +55,10 @@ def _add_arguments(parser: CommandParser) -> None:
         help="Continue the run if the folder holds a checkpoint of it, or else start it: for schedulers that start the "
         "same command again.",
     )
+
+
+def _add_arguments(parser: CommandParser) -> None:
+    add_start_arguments(parser)
     parser.add_argument(
         "--skip_evaluation",
         action="store_true",
