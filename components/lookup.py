@@ -8,7 +8,7 @@ from torchrec.distributed.types import ShardedModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Multistreamable
 
-__all__ = ["Lookup"]
+__all__ = ["JoinedLookup", "Lookup"]
 
 
 class Lookup(Multistreamable):
@@ -21,7 +21,7 @@ class Lookup(Multistreamable):
 
     def __init__(self, tables: nn.Module, features: KeyedJaggedTensor) -> None:
         """Begin to tell the other ranks how many ids of `features` each will get."""
-        self._tables, self._features = tables, features
+        self._tables, self.features = tables, features
         self._counts = self._ids = self._arrived = self._context = None
         if isinstance(tables, ShardedModule):
             self._context = tables.create_context()
@@ -42,11 +42,34 @@ class Lookup(Multistreamable):
         """Return what `tables(features)` would; once only."""
         self.receive()
         if self._arrived is None:
-            return self._tables(self._features)
+            return self._tables(self.features)
         return self._tables.compute_and_output_dist(self._context, self._arrived)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of received ids alive until `stream` has used it."""
-        for part in (self._features, self._context, self._arrived):
+        for part in (self.features, self._context, self._arrived):
             if part is not None:
                 part.record_stream(stream)
+
+
+class JoinedLookup(Multistreamable):
+    """Lookups of several collections that go together."""
+
+    def __init__(self, *parts: Lookup) -> None:
+        """Join lookups that were begun in this order on every rank."""
+        self.parts = parts
+
+    def send(self) -> None:
+        """Begin to send the ids."""
+        for part in self.parts:
+            part.send()
+
+    def receive(self) -> None:
+        """Wait for the ids that the other ranks sent."""
+        for part in self.parts:
+            part.receive()
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory of received ids alive until `stream` has used it."""
+        for part in self.parts:
+            part.record_stream(stream)

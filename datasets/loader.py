@@ -1,6 +1,7 @@
 """From a prepared folder to batches: sharded by rank, shuffled by seed and epoch, resumable at any row.
 
-Shape letters: B rows of a batch on one rank, N history positions, F user features, R rows of the split, K tasks.
+Shape letters: B rows of a batch on one rank, N history positions, F user features, R rows of the split, K tasks, U user
+rows.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_em3.batch import HISTORY, TARGET, Batch
 from torchrec_em3.datasets.prepared import PreparedData, Split
+from torchrec_em3.datasets.raw_ids import user_ids
 from torchrec_em3.datasets.recent_events import ShardRows
 from torchrec_em3.errors import DataError
 
@@ -38,6 +40,7 @@ class BatchStream(IterableDataset[Batch]):
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        raw_users: bool = False,
     ) -> None:
         """Read the split's columns into memory; its ids and labels have been checked to be in range.
 
@@ -49,6 +52,8 @@ class BatchStream(IterableDataset[Batch]):
             rank: Number of this process.
             world_size: Number of processes.
             seed: Seed of the shuffle.
+            raw_users: Deliver the raw id of every user in place of the row in the vocabulary, which only users with
+                training rows have.
 
         Raises:
             DataError: If the split is damaged, or the training split is smaller than one global batch.
@@ -58,7 +63,9 @@ class BatchStream(IterableDataset[Batch]):
         self._max_history = max_history
         self._rank, self._world_size, self._seed = rank, world_size, seed
         self._known_items = data.known_items
-        self._known_users = data.known_users
+        row_U = np.arange(len(data.history_offsets) - 1)
+        # What stands for each user row in a batch, [U].
+        self._user_id = user_ids(data) if raw_users else np.where(row_U <= data.known_users, row_U, 0)
         self._user_features = data.user_features
         self._offsets, self._history = data.history_offsets, data.history_items
         self._columns = data.split_rows(split)
@@ -126,9 +133,8 @@ class BatchStream(IterableDataset[Batch]):
     def _collate(self, row_B: np.ndarray, weight_B: np.ndarray) -> Batch:
         user_B = self._columns["user"][row_B]
         history_N, length_B = self._histories(user_B, self._columns["history_end"][row_B])
-        known_user_B = np.where(user_B <= self._known_users, user_B, 0)
         values = np.concatenate(
-            [known_user_B, self._user_features[user_B].T.reshape(-1), self._columns["item"][row_B], history_N]
+            [self._user_id[user_B], self._user_features[user_B].T.reshape(-1), self._columns["item"][row_B], history_N]
         )
         ones = np.ones(len(row_B) * (len(self._keys) - 1), dtype=np.int64)
         return Batch(

@@ -23,6 +23,7 @@ class ShardRows:
 
     Attributes:
         folder: The prepared folder whose catalogue it is.
+        users: `raw_id` of each user row, those that came after the preparation included.
         known_users: See `PreparedData`.
         known_items: See `PreparedData`.
         user_feature_names: See `PreparedData`.
@@ -35,6 +36,7 @@ class ShardRows:
     """
 
     folder: Path
+    users: pa.Table
     known_users: int
     known_items: int
     user_feature_names: list[str]
@@ -111,6 +113,7 @@ class RecentEvents:
         }
         return ShardRows(
             folder=data.folder,
+            users=pa.table({"raw_id": users}),
             known_users=data.known_users,
             known_items=data.known_items,
             user_feature_names=data.user_feature_names,

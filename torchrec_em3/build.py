@@ -9,9 +9,11 @@ import torch
 from torchrec_em3.config import Config
 from torchrec_em3.datasets.codes import CodeStore
 from torchrec_em3.datasets.prepared import PreparedData
+from torchrec_em3.datasets.raw_ids import item_ids
 from torchrec_em3.datasets.tokens import TokenStore
 from torchrec_em3.encoder_suffixes import build_suffixes, check_bfloat16
 from torchrec_em3.errors import ConfigError
+from torchrec_em3.id_tables import ITEM_TABLE, uses_raw_ids
 from torchrec_em3.model import EM3Model
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.schema import FeatureSchema
@@ -52,15 +54,17 @@ def build_model(config: Config, data: PreparedData) -> EM3Model:
     """
     torch.manual_seed(config.seed)
     schema, codes = FeatureSchema.from_meta(data.meta), CodeStore(data.codes_folder)
+    raw_ids = torch.from_numpy(item_ids(data)) if uses_raw_ids(config.embeddings, ITEM_TABLE) else None
     if not config.uses_content:
-        return EM3Model(schema, config, None, codes=codes)
+        return EM3Model(schema, config, None, codes=codes, raw_item_ids=raw_ids)
     # All else starts at the same values, whatever is trained of the encoders.
     with torch.random.fork_rng(devices=[]):
         encoders = build_suffixes(config.model.encoders, data.meta["modalities"], config.data)
     if encoders is not None:
         read = tuple(encoders.outputs.get(modality.name, modality) for modality in schema.modalities)
         schema = dataclasses.replace(schema, modalities=read)
-    return EM3Model(schema, config, TokenStore(data.tokens_folder), codes=codes, encoders=encoders)
+    tokens = TokenStore(data.tokens_folder)
+    return EM3Model(schema, config, tokens, codes=codes, encoders=encoders, raw_item_ids=raw_ids)
 
 
 def build_sharded(config: Config, data: PreparedData, ranks: Ranks) -> ShardedModel:

@@ -147,7 +147,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TableConfig:
-    """What the planner may do with one table, an entry of `EmbeddingConfig.tables`; what is left out is as for all."""
+    """One table, an entry of `EmbeddingConfig.tables`: its ids and its constraints; what is left out is as for all."""
 
     sharding: tuple[Literal["table_wise", "row_wise", "column_wise"], ...] = ()
     """Sharding types to choose from."""
@@ -155,9 +155,26 @@ class TableConfig:
     """Kernels to choose from; fused_uvm_caching (CUDA) keeps the table in host memory and a cache on the device."""
     cached_share: float | None = None
     """Share of the rows that the cache of fused_uvm_caching holds; null: TorchRec's 0.2."""
+    ids: Literal["fixed", "hashed", "managed"] = "fixed"
+    """Ids of user_table or item_table: fixed (rows of the prepared vocabulary), or raw 64-bit ids that share rows
+    (hashed) or are given rows of their own while training (managed; always row-wise and fused)."""
+    rows: int = 0
+    """Rows of a table of raw ids, row 0 included; a managed table's must be a multiple of the number of ranks."""
+    eviction: Literal["lfu", "lru", "distance_lfu"] | None = None
+    """Which ids of a managed table lose their rows to others: rare ones (lfu, the default), those not seen for longest
+    (lru), or those rare for the time since they were seen (distance_lfu)."""
 
     def __post_init__(self) -> None:
         """Check the limits."""
+        where = "--embeddings.tables"
+        if self.ids == "fixed" and self.rows:
+            raise ConfigError(f"{where}: rows is {self.rows} with ids fixed, whose rows the data says; leave it out")
+        if self.ids != "fixed" and self.rows < 2:
+            raise ConfigError(f"{where}: rows is {self.rows} with ids {self.ids}, must be at least 2")
+        if self.eviction is not None and self.ids != "managed":
+            raise ConfigError(f"{where}: eviction is {self.eviction} with ids {self.ids}; only managed ids are evicted")
+        if self.ids == "managed" and (set(self.sharding) - {"row_wise"} or set(self.kernels) - {"fused"}):
+            raise ConfigError(f"{where}: a table of managed ids is row_wise and fused; leave sharding and kernels out")
         if self.cached_share is not None and not 0.0 < self.cached_share <= 1.0:
             raise ConfigError(f"--embeddings.tables: cached_share is {self.cached_share}, must be in (0, 1]")
 
@@ -177,7 +194,7 @@ class EmbeddingConfig:
     sharding: Literal["auto", "table_wise", "row_wise", "column_wise"] = "auto"
     """Sharding type of every table; auto lets the planner choose between table-wise and row-wise."""
     tables: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Constraints on single tables by name, for example item_table: the fields of TableConfig, above `sharding`."""
+    """Options of single tables by name, for example item_table: the fields of TableConfig, above `sharding`."""
 
     def __post_init__(self) -> None:
         """Check the limits."""

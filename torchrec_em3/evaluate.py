@@ -18,6 +18,7 @@ from torchrec_em3.datasets.loader import BatchStream, batch_loader
 from torchrec_em3.datasets.prepared import PreparedData, Split
 from torchrec_em3.datasets.recent_events import ShardRows
 from torchrec_em3.errors import NumericError
+from torchrec_em3.id_tables import USER_TABLE, uses_raw_ids
 from torchrec_em3.metrics import attainable_auc, ranking_metrics, sliced_metrics
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.sharding import ShardedModel
@@ -94,6 +95,7 @@ def predict(
         max_history=config.loader.max_history,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        raw_users=uses_raw_ids(config.embeddings, USER_TABLE),
     )
     sharded.module.eval()
     parts: list[list[np.ndarray]] = []
@@ -201,15 +203,15 @@ def save_embeddings(path: Path, sharded: ShardedModel, ranks: Ranks, seed: int) 
     sharded.module.eval()
     rows = np.random.default_rng(seed).permutation(np.arange(1, model.item_rows))[:MAP_ITEMS]
     items = torch.from_numpy(np.sort(rows)).to(ranks.device)
-    id_UD, _, _ = model.items(items, items[:0])
-    arrays = {"item": items, "id": id_UD, "known": model.items.known(items)}
+    found = model.items(items, items[:0])
+    arrays = {"item": items, "id": found.target_UD, "known": found.known_U}
     if model.content is not None:
         raw_UD, present_U = model.content.encode(items)
         content_UD = model.content.projection(raw_UD)
         arrays |= {"content": content_UD, "present": present_U}
         heads = getattr(model.alignment, "heads", None)
         if isinstance(heads, ContrastHeads):
-            arrays["aligned_content"], arrays["aligned_id"] = heads(content_UD, id_UD)
+            arrays["aligned_content"], arrays["aligned_id"] = heads(content_UD, found.target_UD)
     sharded.module.train()
     if ranks.is_first:
         np.savez(path, **{name: array.cpu().numpy() for name, array in arrays.items()})

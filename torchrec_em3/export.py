@@ -21,6 +21,7 @@ from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.export_parity import Parity, measure_parity
 from torchrec_em3.export_tables import catalogue_content, id_tables
+from torchrec_em3.id_tables import ITEM_TABLE, USER_TABLE, uses_raw_ids
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import write_json
 from torchrec_em3.schema import FeatureSchema
@@ -96,6 +97,7 @@ def check_exportable(trained: TrainedRun, ranks: Ranks) -> None:
     missing = {
         f"the data's {len(model.task_weights)} tasks": len(model.task_weights) > 1,
         "--model.codes features": model.codes is not None,
+        "tables of raw ids": any(uses_raw_ids(trained.config.embeddings, name) for name in (USER_TABLE, ITEM_TABLE)),
         "--model.similarity": model.content is not None and model.content.similarity is not None,
     }
     for name, needed in missing.items():

@@ -21,6 +21,7 @@ from torchrec_em3.datasets.shards import END_FILE, list_shards, read_shard
 from torchrec_em3.errors import CheckpointError, DataError, Preempted
 from torchrec_em3.evaluate import predict, refresh_bank
 from torchrec_em3.faults import fault_point
+from torchrec_em3.id_tables import USER_TABLE, uses_raw_ids
 from torchrec_em3.metrics import ranking_metrics
 from torchrec_em3.number_format import decimals
 from torchrec_em3.process_group import Ranks
@@ -238,6 +239,7 @@ class Follower:
             max_history=loader.max_history,
             rank=ranks.rank,
             world_size=ranks.world_size,
+            raw_users=uses_raw_ids(self._config.embeddings, USER_TABLE),
         )
         stream.seek(0, self.progress.row)
         batches = iter(batch_loader(stream, loader.num_workers))

@@ -145,8 +145,8 @@ def embed_catalogue(trained: TrainedRun, ranks: Ranks) -> ItemEmbeddings | None:
         for start in range(1, rows, stride):
             first = start + ranks.rank * ITEMS_AT_A_TIME
             items_U = torch.arange(min(first, rows), min(first + ITEMS_AT_A_TIME, rows), device=ranks.device)
-            id_UD, _, _ = model.items(items_U, items_U[:0])
-            part = {"id": id_UD, "known": model.items.known(items_U)}
+            found = model.items(items_U, items_U[:0])
+            part = {"id": found.target_UD, "known": found.known_U}
             if model.content is not None:
                 part |= _encode(model.content, items_U)
             parts.append(_to_numpy(part))

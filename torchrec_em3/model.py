@@ -15,13 +15,14 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_em3.batch import HISTORY, TARGET, Batch
 from torchrec_em3.code_features import CodeFeatures
 from torchrec_em3.components.distinct import distinct
-from torchrec_em3.components.embeddings import ItemEmbedding, UserEmbedding
+from torchrec_em3.components.embeddings import ItemEmbedding, ItemRows, UserEmbedding
 from torchrec_em3.components.interest import target_attention
 from torchrec_em3.components.interfaces import HistoryItems
 from torchrec_em3.components.similarity import ContentSimilarity
 from torchrec_em3.config import Config
 from torchrec_em3.content_path import Content, ContentPath, DistinctItems
 from torchrec_em3.encoder_suffixes import EncoderSuffixes
+from torchrec_em3.id_tables import with_id_tables
 from torchrec_em3.item_tokens import CodeSource, TokenSource
 from torchrec_em3.parts import build_part
 from torchrec_em3.pending_batch import PendingBatch
@@ -61,16 +62,18 @@ class EM3Model(nn.Module):
         device: torch.device | None = None,
         codes: CodeSource | None = None,
         encoders: EncoderSuffixes | None = None,
+        raw_item_ids: Tensor | None = None,
     ) -> None:
         """Build the graph.
 
         Args:
             schema: Tables, catalogue, codes and modalities, these as the tower reads them.
-            config: The run's options; only `config.model` and the precision of the tables are read.
+            config: The run's options; only `config.model`, the tables' precision and ids are read.
             store: Tokens of the catalogue; may be None for an ID-only model.
             device: Where tables and bank are created; meta (default) leaves their memory to the sharding.
             codes: Semantic codes of the catalogue; may be None where none are used, or for a model that is never run.
             encoders: What turns the store's rows into tokens; None if the store holds tokens.
+            raw_item_ids: Raw id of each catalogue row, where the item table takes those.
         """
         super().__init__()
         device = device if device is not None else torch.device("meta")
@@ -80,8 +83,9 @@ class EM3Model(nn.Module):
         self.alignment_weight = options.alignment_weight
         self.task_weights = task_weights(options.task_weights, schema.tasks)
         self.item_rows = schema.item_rows
+        schema = with_id_tables(schema, config.embeddings)
         self.users = UserEmbedding(schema, width, device, config.embeddings.precision)
-        self.items = ItemEmbedding(schema, width, device, config.embeddings.precision)
+        self.items = ItemEmbedding(schema, width, device, config.embeddings.precision, raw_item_ids)
         self.attention = target_attention(width, options.attention_hidden)
         self.content: ContentPath | None = None
         self.alignment: Any = None
@@ -124,12 +128,12 @@ class EM3Model(nn.Module):
         batch, items = pending.batch, pending.items
         if self.training:
             self.step += 1
-        target_UD, history_VD, unknown_D = self.items.answer(pending.item_rows)
-        target_BD = self._hide_ids(target_UD[items.row_B], unknown_D)
+        ids = self.items.answer(pending.item_rows)
+        target_BD = self._hide_ids(ids.target_UD[items.row_B], ids.unknown_D)
         blocks = {user_block(name): user_BD for name, user_BD in self.users.answer(pending.user_rows).items()}
         blocks |= {
             "target": target_BD,
-            "interest": self.attention(target_BD, HistoryItems(history_VD), items.row_N, items.lengths_B),
+            "interest": self.attention(target_BD, HistoryItems(ids.history_VD), items.row_N, items.lengths_B),
         }
         metrics: dict[str, Tensor] = {}
         alignment = None
@@ -137,7 +141,7 @@ class EM3Model(nn.Module):
             content = self.content(items, self.step, pending.route)
             blocks |= content.blocks
             metrics = content.metrics
-            alignment = self._align(content, target_UD, items)
+            alignment = self._align(content, ids, items)
         if self.codes is not None:
             blocks |= self.codes(items)
         if batch.dense.shape[1]:
@@ -171,15 +175,15 @@ class EM3Model(nn.Module):
         hidden_B = torch.rand(target_BD.shape[0], device=target_BD.device) < self.unknown_id_rate
         return torch.where(hidden_B[:, None], unknown_D, target_BD)
 
-    def _align(self, content: Content, id_UD: Tensor, items: DistinctItems) -> Tensor | None:
+    def _align(self, content: Content, ids: ItemRows, items: DistinctItems) -> Tensor | None:
         """Contrast content and ID of the distinct targets that have both and whose content was encoded in this step."""
         if self.alignment is None or not self.training:
             return None
         # Places, not a mask: indexing by a mask makes the host wait for a GPU each time.
-        usable_E = (content.encoded_U & self.items.known(items.target_U)).nonzero().squeeze(1)
+        usable_E = (content.encoded_U & ids.known_U).nonzero().squeeze(1)
         count_U = torch.zeros_like(items.target_U).index_add_(0, items.row_B, torch.ones_like(items.row_B))
         loss: Tensor = self.alignment(
-            content.target_UD[usable_E], id_UD[usable_E], items.target_U[usable_E], count_U[usable_E]
+            content.target_UD[usable_E], ids.target_UD[usable_E], items.target_U[usable_E], count_U[usable_E]
         )
         return loss
 

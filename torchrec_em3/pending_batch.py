@@ -8,7 +8,7 @@ from torchrec.streamable import Multistreamable
 
 from torchrec_em3.batch import Batch
 from torchrec_em3.components.item_routing import Route
-from torchrec_em3.components.lookup import Lookup
+from torchrec_em3.components.lookup import JoinedLookup, Lookup
 from torchrec_em3.content_path import DistinctItems
 
 __all__ = ["PendingBatch"]
@@ -28,7 +28,7 @@ class PendingBatch(Multistreamable):
 
     batch: Batch
     items: DistinctItems
-    user_rows: Lookup
+    user_rows: Lookup | JoinedLookup
     item_rows: Lookup
     route: Route | None
 

@@ -23,6 +23,7 @@ from torchrec_em3.config import Config
 from torchrec_em3.datasets.loader import BatchStream, batch_loader
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.evaluate import refresh_bank
+from torchrec_em3.id_tables import USER_TABLE, uses_raw_ids
 from torchrec_em3.pipeline import CheckedPipeline
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.sharding import ShardedModel
@@ -195,6 +196,7 @@ def _batches(config: Config, data: PreparedData, ranks: Ranks) -> Iterator[Batch
         rank=ranks.rank,
         world_size=ranks.world_size,
         seed=config.seed,
+        raw_users=uses_raw_ids(config.embeddings, USER_TABLE),
     )
     for epoch in itertools.count():
         stream.seek(epoch)

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["CodeSpec", "FeatureSchema", "ModalitySpec", "SparseFeature"]
+__all__ = ["CodeSpec", "FeatureSchema", "IdSpec", "ModalitySpec", "SparseFeature"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,22 @@ class CodeSpec:
 
 
 @dataclass(frozen=True)
+class IdSpec:
+    """Which ids a table is looked up by, and how they find their rows.
+
+    Attributes:
+        kind: fixed: rows of the prepared vocabulary. The others take raw 64-bit ids: hashed ones share rows, managed
+            ones are given a row of their own while training and lose it to others where there are more ids than rows.
+        rows: Rows of the table, row 0 included; 0 where they are fixed.
+        eviction: Which ids lose their rows, where they are managed.
+    """
+
+    kind: Literal["fixed", "hashed", "managed"] = "fixed"
+    rows: int = 0
+    eviction: Literal["lfu", "lru", "distance_lfu"] = "lfu"
+
+
+@dataclass(frozen=True)
 class FeatureSchema:
     """Shapes of everything a batch refers to.
 
@@ -46,6 +62,8 @@ class FeatureSchema:
         num_dense: Width of `Batch.dense`.
         codes: What the code store holds.
         tasks: Names of the labels, the main one first.
+        user_ids: Ids of the user table.
+        item_ids: Ids of the item table.
     """
 
     user_features: tuple[SparseFeature, ...]
@@ -55,6 +73,8 @@ class FeatureSchema:
     num_dense: int = 0
     codes: tuple[CodeSpec, ...] = ()
     tasks: tuple[str, ...] = ("label",)
+    user_ids: IdSpec = IdSpec()
+    item_ids: IdSpec = IdSpec()
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> "FeatureSchema":

@@ -35,12 +35,13 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from torchrec_em3.components.embeddings import ItemEmbedding, UserEmbedding
-from torchrec_em3.config import Config, EmbeddingConfig, TableConfig, TrainConfig
+from torchrec_em3.components.embeddings import ItemEmbedding, UserEmbedding, UserIdEmbedding
+from torchrec_em3.config import Config, EmbeddingConfig, TrainConfig
 from torchrec_em3.encoder_suffixes import EncoderSuffixes
 from torchrec_em3.errors import ConfigError
+from torchrec_em3.id_tables import table_options
+from torchrec_em3.managed_sharding import ManagedSharder
 from torchrec_em3.model import EM3Model
-from torchrec_em3.parsing import parse_options
 from torchrec_em3.plan_budget import BudgetReservation, model_budget
 from torchrec_em3.plan_report import PlanReport
 from torchrec_em3.process_group import Ranks
@@ -83,11 +84,11 @@ class _CpuSequenceSharder(EmbeddingCollectionSharder):
 
 def _sharders(device: str) -> list[ModuleSharder[nn.Module]]:
     if device == "cpu":
-        return [_CpuBagSharder(), _CpuSequenceSharder(), TensorPoolSharder()]
-    return [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder(), TensorPoolSharder()]
+        return [_CpuBagSharder(), _CpuSequenceSharder(), ManagedSharder(_CpuSequenceSharder()), TensorPoolSharder()]
+    return [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder(), ManagedSharder(), TensorPoolSharder()]
 
 
-def _constraints(model: EM3Model, config: Config, device: str) -> dict[str, ParameterConstraints]:
+def _constraints(model: EM3Model, config: Config, cluster: Cluster) -> dict[str, ParameterConstraints]:
     """Say for each table how it may be sharded and how many ids a row brings, which the planner cannot know.
 
     Data parallel is never offered: such a table ignores the fused optimizer, and its sequence form fails on CPU.
@@ -95,19 +96,25 @@ def _constraints(model: EM3Model, config: Config, device: str) -> dict[str, Para
     asked = config.embeddings.sharding
     types = list(_AUTO) if asked == "auto" else [asked]
     kernels = [EmbeddingComputeKernel.FUSED.value]
-    if device == "cuda":
+    if cluster.device == "cuda":
         kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
     single = config.embeddings.tables
     history = float(config.loader.max_history)
     constraints = {}
     for module in model.modules():
-        if isinstance(module, UserEmbedding | ItemEmbedding):
+        if isinstance(module, UserEmbedding | UserIdEmbedding | ItemEmbedding):
             pooling = [1.0, history] if isinstance(module, ItemEmbedding) else [1.0]
             for name in module.table_names:
-                table = parse_options(TableConfig, single.get(name, {}), f"embeddings.tables.{name}")
+                table = table_options(config.embeddings, name)
+                managed = table.ids == "managed"
+                if managed and table.rows % cluster.world_size:
+                    raise ConfigError(
+                        f"--embeddings.tables.{name}: rows is {table.rows}, must be a multiple of the "
+                        f"{cluster.world_size} ranks"
+                    )
                 constraints[name] = ParameterConstraints(
-                    sharding_types=list(table.sharding) or types,
-                    compute_kernels=list(table.kernels) or kernels,
+                    sharding_types=[ShardingType.ROW_WISE.value] if managed else list(table.sharding) or types,
+                    compute_kernels=kernels[:1] if managed else list(table.kernels) or kernels,
                     pooling_factors=pooling,
                     cache_params=None if table.cached_share is None else CacheParams(load_factor=table.cached_share),
                 )
@@ -123,7 +130,7 @@ def _planner(model: EM3Model, config: Config, cluster: Cluster, report: PlanRepo
     return EmbeddingShardingPlanner(
         topology=cluster.topology(),
         batch_size=config.loader.batch_size,
-        constraints=_constraints(model, config, cluster.device),
+        constraints=_constraints(model, config, cluster),
         storage_reservation=BudgetReservation(model_budget(model, cluster.world_size)),
         proposer=[
             GridSearchProposer(max_proposals=GRID_SHARDS // cluster.world_size),
@@ -296,7 +303,7 @@ def _fuse_optimizers(model: EM3Model, options: EmbeddingConfig, device: torch.de
     if options.precision == "bf16" and device.type == "cpu":
         raise ConfigError("--embeddings.precision bf16 is not supported on CPU by fbgemm; use fp16 or fp32 there")
     for module in model.modules():
-        if isinstance(module, UserEmbedding | ItemEmbedding):
+        if isinstance(module, UserEmbedding | UserIdEmbedding | ItemEmbedding):
             settings: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
             if options.optimizer != "sgd":
                 settings["eps"] = ADAGRAD_EPSILON

@@ -15,6 +15,7 @@ from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.errors import NumericError, Preempted
 from torchrec_em3.evaluate import evaluate_split
 from torchrec_em3.faults import fault_point
+from torchrec_em3.id_tables import USER_TABLE, uses_raw_ids
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import RunLog
 from torchrec_em3.sharding import ShardedModel
@@ -49,6 +50,7 @@ class Trainer:
             rank=ranks.rank,
             world_size=ranks.world_size,
             seed=config.seed,
+            raw_users=uses_raw_ids(config.embeddings, USER_TABLE),
         )
         options = config.train
         self._saver = CheckpointSaver(

@@ -58,14 +58,15 @@ def test_features_keep_their_tables_under_every_plan() -> None:
 def test_items_look_up_distinct_rows_and_unknown_ones_share_row_zero() -> None:
     items = ItemEmbedding(SCHEMA, 4, torch.device("cpu"))
     table = items.tables.embeddings["item_table"].weight
-    target_UD, history_VD, unknown_D = items(torch.tensor([2, 6, 7]), torch.tensor([5, 0]))
+    target_UD, history_VD, unknown_D, known_U = items(torch.tensor([2, 6, 7]), torch.tensor([5, 0]))
     assert torch.equal(target_UD, table[[2, 0, 0]])
     assert torch.equal(history_VD, table[[5, 0]])
     assert torch.equal(unknown_D, table[0])
+    assert known_U.tolist() == [True, False, False]
 
 
 def test_items_without_any_history() -> None:
     items = ItemEmbedding(SCHEMA, 4, torch.device("cpu"))
-    target_UD, history_VD, _ = items(torch.tensor([1]), torch.empty(0, dtype=torch.int64))
+    target_UD, history_VD, *_ = items(torch.tensor([1]), torch.empty(0, dtype=torch.int64))
     assert target_UD.shape == (1, 4)
     assert history_VD.shape == (0, 4)

@@ -6,7 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from torchrec_em3.datasets.loader import BatchStream
 from torchrec_em3.datasets.prepared import PreparedData
+from torchrec_em3.datasets.raw_ids import user_ids
 from torchrec_em3.datasets.recent_events import RecentEvents, ShardRows
 from torchrec_em3.datasets.shards import read_shard, split_into_shards
 
@@ -74,6 +76,23 @@ def test_new_users_have_histories_and_strange_items_are_row_0(tiny_data: Path, t
     again = memory.open(table([("newer", mug, 10**10 + 5), ("newest", mug, 10**10 + 5), ("new", mug, 10**10 + 6)]))
     assert again.columns["user"].tolist() == [newer, newer + 1, new]
     assert histories(again) == [[5], [], [3, 0]]
+
+
+def test_a_new_user_has_one_raw_id_in_every_shard(tiny_data: Path) -> None:
+    data = PreparedData.open(tiny_data)
+    mug, old = data.items["raw_id"][3].as_py(), data.users["raw_id"][1].as_py()
+    memory = RecentEvents(data, MAX_HISTORY)
+    memory.start(before=10**10)
+    delivered = []
+    for time in (10**10, 10**10 + 9):
+        events = table([("newer", mug, time)] * (time > 10**10) + [("new", mug, time + 1), (old, mug, time + 2)])
+        rows = memory.open(events)
+        (batch,) = BatchStream(rows, "test", batch_size=8, max_history=MAX_HISTORY, raw_users=True)
+        delivered.append(batch.sparse[data.user_feature_names[0]].values()[-2:].tolist())
+        memory.add(events, rows)
+    assert delivered[0] == delivered[1]
+    assert delivered[0][1] == user_ids(data)[1]
+    assert delivered[0][0] not in user_ids(data)
 
 
 def test_events_of_one_instant_do_not_see_each_other(tiny_data: Path) -> None:

@@ -68,13 +68,20 @@ def test_every_model_exports_with_parity(options: list[str], tiny_cold_data: Pat
     assert config["content"] == ("none" not in options or "--model.history" in options)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "name"),
+    [
+        ("--model.similarity", "statistics", "--model.similarity"),
+        ("--embeddings.tables", '{"item_table": {"ids": "hashed", "rows": 20}}', "tables of raw ids"),
+    ],
+)
 def test_what_the_graph_does_not_take_is_refused(
-    tiny_cold_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_cold_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, name: str
 ) -> None:
-    run = train(tiny_cold_data, tmp_path / "run", "--model.similarity", "statistics")
+    run = train(tiny_cold_data, tmp_path / "run", option, value)
     capsys.readouterr()
     assert em3(["export", str(run), "--out", str(tmp_path / "package")]) == 2
-    assert "em3 export has no form for --model.similarity yet" in capsys.readouterr().err
+    assert f"em3 export has no form for {name} yet" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

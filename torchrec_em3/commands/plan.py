@@ -7,6 +7,7 @@ from typing import Any
 from torchrec_em3.build import open_data
 from torchrec_em3.config import Config
 from torchrec_em3.errors import ConfigError
+from torchrec_em3.id_tables import with_id_tables
 from torchrec_em3.parsing import CommandParser, parse_config
 from torchrec_em3.plan_measured import measured_table
 from torchrec_em3.plan_page import to_html, to_markdown
@@ -93,7 +94,10 @@ def _schema(config: Config, values: Any) -> FeatureSchema:
 
 
 def _facts(schema: FeatureSchema, config: Config) -> dict[str, str]:
+    schema = with_id_tables(schema, config.embeddings)
     tables = {feature.name: feature.rows for feature in schema.user_features} | {"item": schema.known_items + 1}
+    raw = {schema.user_features[0].name: schema.user_ids.rows, "item": schema.item_ids.rows}
+    tables |= {name: rows for name, rows in raw.items() if rows}
     model, embeddings = config.model, config.embeddings
     return {
         "tables": ", ".join(f"{name} {rows:,} rows" for name, rows in tables.items()),
