@@ -1,5 +1,6 @@
 """Shared fixtures: one tiny simulated data set, prepared once per test session."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import tests.tiny_parts  # noqa: F401  registers the tiny encoders
 from torchrec_em3.datasets.prepare import PrepareOptions, prepare
 from torchrec_em3.datasets.simulated import SimulatedOptions, simulate
 
+# One thread each, also in processes that tests start: sums in another order would differ in the last bit.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
