@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchrec_em3.batch import ItemCodes
+from torchrec_em3.datasets.catalogue_rows import checked_rows
 from torchrec_em3.datasets.raw import RawCodes
 from torchrec_em3.errors import DataError
 
@@ -144,13 +145,7 @@ class CodeStore:
             DataError: If a row is outside the catalogue, or a code outside its range.
         """
         target = items_U.device if device is None else torch.device(device)
-        rows_U = items_U.to("cpu", torch.int64)
-        if self._parts and len(rows_U):
-            low, high = (int(bound) for bound in rows_U.aminmax())
-            if low < 0 or high >= self.num_rows:
-                wrong = low if low < 0 else high
-                raise DataError(
-                    f"item row {wrong} is outside the code store {self._folder} (rows 0 to {self.num_rows - 1}); "
-                    "prepare the data and the codes together"
-                )
+        if not self._parts:
+            return {}
+        rows_U = checked_rows(items_U, self.num_rows, "code", self._folder)
         return {name: part.gather(rows_U, target) for name, part in self._parts.items()}

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.interfaces import TokenEncoder
+from torchrec_em3.datasets.catalogue_rows import checked_rows
 from torchrec_em3.datasets.encoder_record import stored_form
 from torchrec_em3.datasets.images import ImageTally, load_image
 from torchrec_em3.errors import ConfigError, DataError
@@ -261,13 +262,7 @@ class TokenStore:
             DataError: If a row is outside the catalogue.
         """
         target = items_U.device if device is None else torch.device(device)
-        rows_U = items_U.to("cpu", torch.int64)
-        if self._parts and len(rows_U):
-            low, high = (int(bound) for bound in rows_U.aminmax())
-            if low < 0 or high >= self.num_rows:
-                wrong = low if low < 0 else high
-                raise DataError(
-                    f"item row {wrong} is outside the token store {self._folder} (rows 0 to {self.num_rows - 1}); "
-                    "prepare the data and the tokens together"
-                )
+        if not self._parts:
+            return {}
+        rows_U = checked_rows(items_U, self.num_rows, "token", self._folder)
         return {name: part.gather(rows_U, target) for name, part in self._parts.items()}

@@ -14,14 +14,14 @@ from torchrec_em3.components.item_routing import owned_rows
 from torchrec_em3.config import Config
 from torchrec_em3.content_path import ITEMS_AT_A_TIME
 from torchrec_em3.datasets.labels import task_columns
-from torchrec_em3.datasets.loader import BatchStream, batch_loader
+from torchrec_em3.datasets.loader import batch_loader
 from torchrec_em3.datasets.prepared import PreparedData, Split
 from torchrec_em3.datasets.recent_events import ShardRows
 from torchrec_em3.errors import NumericError
-from torchrec_em3.id_tables import USER_TABLE, uses_raw_ids
 from torchrec_em3.metrics import attainable_auc, ranking_metrics, sliced_metrics
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.sharding import ShardedModel
+from torchrec_em3.streams import open_stream
 
 __all__ = ["Predictions", "evaluate_split", "predict", "refresh_bank", "save_embeddings"]
 
@@ -88,15 +88,7 @@ def predict(
     Raises:
         NumericError: If a logit is not finite.
     """
-    stream = BatchStream(
-        data,
-        split,
-        batch_size=config.loader.batch_size,
-        max_history=config.loader.max_history,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        raw_users=uses_raw_ids(config.embeddings, USER_TABLE),
-    )
+    stream = open_stream(config, data, split, ranks)
     sharded.module.eval()
     parts: list[list[np.ndarray]] = []
     for batch in batch_loader(stream, config.loader.num_workers):

@@ -21,13 +21,13 @@ from torchrec_em3.datasets.shards import END_FILE, list_shards, read_shard
 from torchrec_em3.errors import CheckpointError, DataError, Preempted
 from torchrec_em3.evaluate import predict, refresh_bank
 from torchrec_em3.faults import fault_point
-from torchrec_em3.id_tables import USER_TABLE, uses_raw_ids
 from torchrec_em3.metrics import ranking_metrics
 from torchrec_em3.number_format import decimals
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.progressive import add_shard, cumulative_metrics
 from torchrec_em3.runlog import RunLog
 from torchrec_em3.sharding import ShardedModel
+from torchrec_em3.streams import open_stream
 from torchrec_em3.training_steps import Progress, TrainingSteps, restored, saved_values
 
 __all__ = ["Follower", "StreamProgress"]
@@ -232,15 +232,7 @@ class Follower:
         """Train on a shard once, in its order, from the row where it stands."""
         loader, ranks = self._config.loader, self._ranks
         # Any split but train: in order, with every row, and with items in histories that had no events before.
-        stream = BatchStream(
-            rows,
-            "test",
-            batch_size=loader.batch_size,
-            max_history=loader.max_history,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            raw_users=uses_raw_ids(self._config.embeddings, USER_TABLE),
-        )
+        stream = open_stream(self._config, rows, "test", ranks)
         stream.seek(0, self.progress.row)
         batches = iter(batch_loader(stream, loader.num_workers))
         self._steps.reset()

@@ -20,13 +20,13 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from torchrec_em3.batch import Batch
 from torchrec_em3.config import Config
-from torchrec_em3.datasets.loader import BatchStream, batch_loader
+from torchrec_em3.datasets.loader import batch_loader
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.evaluate import refresh_bank
-from torchrec_em3.id_tables import USER_TABLE, uses_raw_ids
 from torchrec_em3.pipeline import CheckedPipeline
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.sharding import ShardedModel
+from torchrec_em3.streams import open_stream
 
 __all__ = ["OperatorTime", "PartTime", "StepProfile", "profile_steps"]
 
@@ -188,16 +188,7 @@ def _train(pipeline: CheckedPipeline, batches: Iterator[Batch], steps: int) -> f
 
 def _batches(config: Config, data: PreparedData, ranks: Ranks) -> Iterator[Batch]:
     """Yield the batches of one epoch after the other, each loaded inside the loader's span."""
-    stream = BatchStream(
-        data,
-        "train",
-        batch_size=config.loader.batch_size,
-        max_history=config.loader.max_history,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        seed=config.seed,
-        raw_users=uses_raw_ids(config.embeddings, USER_TABLE),
-    )
+    stream = open_stream(config, data, "train", ranks)
     for epoch in itertools.count():
         stream.seek(epoch)
         batches = iter(batch_loader(stream, config.loader.num_workers))

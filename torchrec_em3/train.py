@@ -10,15 +10,15 @@ from torchrec_em3.batch import Batch
 from torchrec_em3.checkpoint import CheckpointFolder
 from torchrec_em3.checkpoint_saver import CheckpointSaver
 from torchrec_em3.config import Config
-from torchrec_em3.datasets.loader import BatchStream, batch_loader
+from torchrec_em3.datasets.loader import batch_loader
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.errors import NumericError, Preempted
 from torchrec_em3.evaluate import evaluate_split
 from torchrec_em3.faults import fault_point
-from torchrec_em3.id_tables import USER_TABLE, uses_raw_ids
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import RunLog
 from torchrec_em3.sharding import ShardedModel
+from torchrec_em3.streams import open_stream
 from torchrec_em3.training_steps import Progress, TrainingSteps, restored, saved_values
 
 __all__ = ["Progress", "Trainer"]
@@ -42,16 +42,7 @@ class Trainer:
         self._config, self._data, self._sharded, self._ranks = config, data, sharded, ranks
         self.progress = Progress()
         self.checkpoints = CheckpointFolder(run / "checkpoints", ranks)
-        self._stream = BatchStream(
-            data,
-            "train",
-            batch_size=config.loader.batch_size,
-            max_history=config.loader.max_history,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            seed=config.seed,
-            raw_users=uses_raw_ids(config.embeddings, USER_TABLE),
-        )
+        self._stream = open_stream(config, data, "train", ranks)
         options = config.train
         self._saver = CheckpointSaver(
             self.checkpoints, ranks, background=options.async_checkpoints, keep=options.keep_checkpoints
