@@ -2,24 +2,20 @@
 
 import dataclasses
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import tests.tiny_parts  # noqa: F401
 from tests.gang import Gang
-from torchrec_em3 import train as train_module
+from tests.stopped_training import fit
 from torchrec_em3.build import build_model, build_sharded, open_data
 from torchrec_em3.commands import evaluate
-from torchrec_em3.commands.train import train
 from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConfig, TableConfig, TrainConfig
-from torchrec_em3.errors import ConfigError, Preempted
+from torchrec_em3.errors import ConfigError
 from torchrec_em3.parsing import resolve_parts
 from torchrec_em3.process_group import process_group
 from torchrec_em3.sharding import Cluster, estimate
@@ -41,25 +37,6 @@ def config_for(data: Path, run: Path, tables: dict[str, Any] = MANAGED, **traini
         embeddings=EmbeddingConfig(tables=tables),
         train=TrainConfig(epochs=1, log_every=1, patience=5, checkpoint_every=5, keep_checkpoints=50, **training),
     )
-
-
-def fit(config: Config, resume: bool = False, stop_at: int = 0) -> Any:
-    """Train; if `stop_at`, send SIGTERM to the last rank before that step."""
-    original = train_module.Trainer._train_step
-
-    def step(self: Any, batches: Any) -> bool:
-        if self.progress.step == stop_at - 1 and dist.get_rank() == dist.get_world_size() - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batches)
-
-    train_module.Trainer._train_step = step  # type: ignore[method-assign]
-    try:
-        with process_group() as ranks:
-            return train(resolve_parts(config), ranks, resume=resume)
-    except Preempted as stopped:
-        return str(stopped)
-    finally:
-        train_module.Trainer._train_step = original  # type: ignore[method-assign]
 
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:

@@ -1,24 +1,16 @@
 """Whole runs on two ranks: stopped, resumed, and evaluated on one."""
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 import tests.tiny_parts  # noqa: F401
 from tests.gang import Gang
-from torchrec_em3 import train as train_module
+from tests.stopped_training import fit
 from torchrec_em3.commands import evaluate
-from torchrec_em3.commands.train import train
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig
-from torchrec_em3.errors import Preempted
-from torchrec_em3.parsing import resolve_parts
-from torchrec_em3.process_group import process_group
 
 pytestmark = pytest.mark.slow
 
@@ -31,25 +23,6 @@ def config_for(data: Path, run: Path) -> Config:
         model=ModelConfig(embedding_dim=8, encode_fraction=0.5),
         train=TrainConfig(epochs=2, log_every=1, patience=5),
     )
-
-
-def fit(config: Config, resume: bool, stop_at: int = 0) -> dict[str, Any] | str:
-    """Train; if `stop_at`, send SIGTERM to rank 1 alone before that step."""
-    original = train_module.Trainer._train_step
-
-    def step(self: Any, batches: Any) -> bool:
-        if self.progress.step == stop_at - 1 and dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batches)
-
-    train_module.Trainer._train_step = step  # type: ignore[method-assign]
-    try:
-        with process_group() as ranks:
-            return train(resolve_parts(config), ranks, resume=resume)
-    except Preempted as stopped:
-        return str(stopped)
-    finally:
-        train_module.Trainer._train_step = original  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
