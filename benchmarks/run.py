@@ -31,7 +31,7 @@ def main(
     dataset_dir: str,
     work: str = "runs/benchmark",
     seeds: int = 3,
-    trials: int = 3,
+    trials: int = 2,
     jobs: int = 1,
     only: str = "",
 ) -> None:
