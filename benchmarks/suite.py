@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
-__all__ = ["BASELINE", "SUITES", "DataSet", "Row", "Suite", "load_suite"]
+__all__ = ["BASELINE", "FROZEN", "MODEL", "SUITES", "DataSet", "Row", "Suite", "load_suite"]
 
 SUITES = Path(__file__).parent / "suites"
-BASELINE = "ID-only"
-"""The model that the others with its ranker are compared with."""
+BASELINE, FROZEN, MODEL = "ID-only", "frozen content", "EM3"
+"""Rows of rows.yaml that others with their ranker are compared with."""
 
 Options = dict[str, Any]
 
@@ -43,7 +43,7 @@ class Row:
 
     Attributes:
         group: Table that it belongs to.
-        ranker: Name of its ranker; it is compared with the ID-only row of that ranker.
+        ranker: Name of its ranker; it is compared with rows of that ranker.
         name: The rest of its name.
         options: The options.
     """

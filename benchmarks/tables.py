@@ -1,4 +1,4 @@
-"""Tables of a suite from results.jsonl: mean, deviation, number of seeds, and a paired test against ID-only.
+"""Tables of a suite from results.jsonl: mean, deviation, number of seeds, and paired tests between rows.
 
     python benchmarks/tables.py --suite movielens [--results FILE ...] [--out benchmarks/results/movielens.md]
 
@@ -16,7 +16,7 @@ import numpy as np
 from jsonargparse import auto_cli
 from ledger import Ledger
 from scipy.stats import ttest_rel
-from suite import BASELINE
+from suite import BASELINE, FROZEN, MODEL
 
 Record = dict[str, Any]
 Cell = dict[int, Record]
@@ -33,7 +33,9 @@ COLUMNS = {
     "AUC, new users": ("slices", "user", "new", "auc"),
 }
 TESTED = ("AUC", "AUC, items of 0 training rows", "21+")
-"""Columns that are compared with ID-only, seed by seed."""
+"""Columns that are compared, seed by seed."""
+REFERENCES = {"rankers": (BASELINE, FROZEN)}
+"""Rows that the others of a group are compared with; those of a group that is not named here, with the whole model."""
 
 
 def main(
@@ -52,7 +54,7 @@ def main(
     check_alike(records)
     parts = [_heading(suite, records)]
     for (dataset, split, group), rows in _grouped(records).items():
-        parts.append(_section(dataset, split, group, rows, _baselines(records, dataset, split)))
+        parts.append(_section(dataset, split, group, rows, _models(records, dataset, split)))
     path = Path(out or f"benchmarks/results/{suite}.md")
     path.write_text("\n".join(parts), encoding="utf-8")
     print("\n".join(parts))
@@ -89,11 +91,11 @@ def _grouped(records: Iterable[Record]) -> dict[tuple[str, str, str], dict[tuple
     return found
 
 
-def _baselines(records: Iterable[Record], dataset: str, split: str) -> dict[str, Cell]:
-    """Return the ID-only runs of a data set by ranker."""
+def _models(records: Iterable[Record], dataset: str, split: str) -> dict[tuple[str, str], Cell]:
+    """Return the runs of a data set that others may be compared with, by ranker and row."""
     tables = _grouped(record for record in records if (record["dataset"], record["split"]) == (dataset, split))
-    rows = {key: cell for table in tables.values() for key, cell in table.items()}
-    return {ranker: cell for (ranker, name), cell in rows.items() if name == BASELINE}
+    cells = [pair for table in tables.values() for pair in table.items()]
+    return {key: cell for key, cell in cells if key[1] in (BASELINE, FROZEN, MODEL)}
 
 
 def _heading(suite: str, records: list[Record]) -> str:
@@ -103,14 +105,14 @@ def _heading(suite: str, records: list[Record]) -> str:
         f"# Benchmark suite `{suite}`\n\n"
         f"Test split, mean ± standard deviation over seeds. Each row searched {trials} points of {searched} on the "
         "validation split with seed 0, the same points for every row, and then read the test split once a seed. "
-        f"Lines in italics: the difference to {BASELINE} with the same ranker, seed by seed, with the p-value of a "
+        "Lines in italics: the difference to another row with the same ranker, seed by seed, with the p-value of a "
         "paired t-test. CPU s is of training, per 1,000 rows, on machines with other work. "
         f"Commit {records[0]['commit']}. Printed by\n\n```\npython {shlex.join(sys.argv)}\n```\n"
     )
 
 
 def _section(
-    dataset: str, split: str, group: str, rows: dict[tuple[str, str], Cell], baselines: dict[str, Cell]
+    dataset: str, split: str, group: str, rows: dict[tuple[str, str], Cell], models: dict[tuple[str, str], Cell]
 ) -> str:
     first = next(iter(next(iter(rows.values())).values()))
     counts, slices = first["data"]["counts"], first["test"]["slices"]["item_frequency"]
@@ -123,11 +125,12 @@ def _section(
         "| | seeds | " + " | ".join(COLUMNS) + " | CPU s |",
         "|---" * (len(COLUMNS) + 3) + "|",
     ]
+    references = REFERENCES.get(group, (MODEL,))
     for (ranker, name), cell in rows.items():
         lines.append(_line(f"{ranker}, {name}", cell))
-        baseline = baselines.get(ranker)
-        if baseline and name != BASELINE:
-            lines.append(_difference(cell, baseline))
+        # A reference is compared with those before it.
+        known = references[: references.index(name)] if name in references else references
+        lines += [_difference(cell, models[ranker, other], other) for other in known if (ranker, other) in models]
     return "\n".join([*lines, ""])
 
 
@@ -137,18 +140,18 @@ def _line(label: str, cell: Cell) -> str:
     return f"| {label} | {len(cell)} | {' | '.join(figures)} | {cost:.3f} |"
 
 
-def _difference(cell: Cell, baseline: Cell) -> str:
-    """Return the line of differences over the seeds that both rows have."""
-    seeds = sorted(cell.keys() & baseline.keys())
-    before, after = (list(_columns(which[seed] for seed in seeds)) for which in (baseline, cell))
+def _difference(cell: Cell, other: Cell, name: str) -> str:
+    """Return the line of differences to the row of that name over the seeds that both have."""
+    seeds = sorted(cell.keys() & other.keys())
+    before, after = (list(_columns(which[seed] for seed in seeds)) for which in (other, cell))
     figures = []
-    for name, one, other in zip(COLUMNS, before, after, strict=True):
-        if name not in TESTED or np.isnan(one).any() or np.isnan(other).any():
+    for column, theirs, ours in zip(COLUMNS, before, after, strict=True):
+        if column not in TESTED or np.isnan(theirs).any() or np.isnan(ours).any():
             figures.append("")
             continue
-        tested = f", p {ttest_rel(other, one).pvalue:.2g}" if len(seeds) > 1 else ""
-        figures.append(f"{np.mean(other - one):+.4f}{tested}")
-    return f"| *minus {BASELINE}* | {len(seeds)} | {' | '.join(figures)} | |"
+        tested = f", p {ttest_rel(ours, theirs).pvalue:.2g}" if len(seeds) > 1 else ""
+        figures.append(f"{np.mean(ours - theirs):+.4f}{tested}")
+    return f"| *minus {name}* | {len(seeds)} | {' | '.join(figures)} | |"
 
 
 def _columns(records: Iterable[Record]) -> Iterator[np.ndarray]:

@@ -132,6 +132,7 @@ def test_a_table_compares_seed_by_seed(script: ModuleType, tmp_path: Path, monke
     assert "| DLRM, ID-only | 3 | 0.6167 ± 0.0208 | undefined | 0.9000 ± 0.0000 |" in text
     assert "| DLRM, EM3 | 3 | 0.7167 ± 0.0208 |" in text
     assert text.count("| *minus ID-only* | 3 | +0.1000, p ") == 2
+    assert text.count("| *minus frozen content* | 3 | +0.0000, p ") == 1, "EM3 alone is compared with it"
     records = results(tmp_path / "work")
     for change, message in (
         ({"trials": 2}, "different effort"),
@@ -151,7 +152,7 @@ def test_the_paired_test_is_over_differences(script: ModuleType, monkeypatch: py
         slices = {"item_frequency": dict.fromkeys(("0", "1-5", "6-20", "21+"), part), "user": {"new": part}}
         return {seed: {"test": {"auc": auc, "gauc": 0.5, "ne": 1.0, "slices": slices}} for seed, auc in enumerate(aucs)}
 
-    line = tables._difference(cell([0.61, 0.72, 0.68]), cell([0.60, 0.70, 0.66, 0.1]))
+    line = tables._difference(cell([0.61, 0.72, 0.68]), cell([0.60, 0.70, 0.66, 0.1]), "ID-only")
     gain = np.array([0.01, 0.02, 0.02])
     t = gain.mean() / (gain.std(ddof=1) / np.sqrt(3))
     # Student's t with two degrees of freedom in closed form.
