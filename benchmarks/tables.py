@@ -1,6 +1,6 @@
 """Tables of a suite from results.jsonl: mean, deviation, number of seeds, and paired tests between rows.
 
-    python benchmarks/tables.py --suite movielens [--results FILE ...] [--out benchmarks/results/movielens.md]
+    python benchmarks/tables.py --suite movielens [--results FILE] [--out benchmarks/results/movielens.md]
 
 Runs of several commits are never put into one table; nor are two preparations of one data set.
 """
@@ -38,18 +38,16 @@ REFERENCES = {"rankers": (BASELINE, FROZEN)}
 """Rows that the others of a group are compared with; those of a group that is not named here, with the whole model."""
 
 
-def main(
-    suite: str, results: tuple[str, ...] = ("runs/benchmark/results.jsonl",), commit: str = "", out: str = ""
-) -> None:
+def main(suite: str, results: str = "runs/benchmark/results.jsonl", commit: str = "", out: str = "") -> None:
     """Write the tables.
 
     Args:
         suite: Suite whose runs are wanted.
-        results: Files of finished runs.
+        results: File of finished runs.
         commit: Runs of this commit; needed where there are several.
         out: Markdown file; benchmarks/results/SUITE.md if not given.
     """
-    records = [record for name in results for record in Ledger(Path(name)).read() if record["suite"] == suite]
+    records = [record for record in Ledger(Path(results)).read() if record["suite"] == suite]
     records = [record for record in records if record["commit"].startswith(commit)]
     check_alike(records)
     parts = [_heading(suite, records)]

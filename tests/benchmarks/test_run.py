@@ -119,7 +119,7 @@ def test_runs_of_another_commit_start_anew(script: ModuleType, tmp_path: Path, m
         script.main(**options, only="nothing")
     tables = load(monkeypatch, "tables")
     with pytest.raises(SystemExit, match="runs of several commits, beef, c0ffee"):
-        tables.main("small", (str(tmp_path / "work" / "results.jsonl"),), out=str(tmp_path / "out.md"))
+        tables.main("small", str(tmp_path / "work" / "results.jsonl"), out=str(tmp_path / "out.md"))
     assert not (tmp_path / "out.md").exists()
 
 
@@ -127,7 +127,7 @@ def test_a_table_compares_seed_by_seed(script: ModuleType, tmp_path: Path, monke
     options = {"suite": "small", "dataset_dir": str(tmp_path), "work": str(tmp_path / "work"), "trials": 1}
     script.main(**options, seeds=3, only="tiny/temporal/DLRM")
     tables = load(monkeypatch, "tables")
-    tables.main("small", (str(tmp_path / "work" / "results.jsonl"),), out=str(tmp_path / "out.md"))
+    tables.main("small", str(tmp_path / "work" / "results.jsonl"), out=str(tmp_path / "out.md"))
     text = (tmp_path / "out.md").read_text()
     assert "| DLRM, ID-only | 3 | 0.6167 ± 0.0208 | undefined | 0.9000 ± 0.0000 |" in text
     assert "| DLRM, EM3 | 3 | 0.7167 ± 0.0208 |" in text
