@@ -64,7 +64,7 @@ def _name(dataset: DataSet, split: str, row: Row) -> str:
 
 
 def _slug(label: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-")
+    return re.sub(r"[^a-z0-9._]+", "-", label.lower()).strip("-")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _Matrix:
 
     def preparation(self, dataset: DataSet, split: str) -> tuple[str, tuple[str, ...]]:
         """Return the prepared folder, and the arguments of `em3 prepare` that make it."""
-        folder = self.work / "data" / f"{dataset.name}-{split}"
+        folder = self.work / "data" / _slug(f"{dataset.name}-{split}")
         return str(folder), (*dataset.arguments, "--split", split, "--out", str(folder))
 
     def run(self, dataset: DataSet, split: str, row: Row) -> None:
@@ -104,7 +104,7 @@ class _Matrix:
         keys = [hash_of([about, config, seed]) for seed in range(self.seeds)]
         if all(key in self.ledger for key in keys):
             return
-        folder = self.work / "runs" / self.commit / f"{dataset.name}-{split}" / _slug(row.label)
+        folder = self.work / "runs" / self.commit / _slug(f"{dataset.name}-{split}") / _slug(row.label)
 
         def trial(number: int, options: dict[str, Any]) -> float:
             run = folder / f"trial-{number}"
@@ -123,7 +123,8 @@ class _Matrix:
             else:
                 self._train(run, data, {**fixed, **best, "seed": seed})
             chosen = {"seed": seed, "config": hash_of(config), "options": {**fixed, **best}, "search": tried}
-            self.ledger.add({"key": key, **about, **chosen, **_measured(run)})
+            place = {"run": str(run.relative_to(self.work))}
+            self.ledger.add({"key": key, **about, **chosen, **place, **_measured(run)})
 
     def _config(self) -> dict[str, Any]:
         config: dict[str, Any] = yaml.safe_load((ROOT / self.suite.config).read_text(encoding="utf-8"))

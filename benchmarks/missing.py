@@ -1,0 +1,101 @@
+"""What finished runs of a suite are worth when items lack a modality at test time; writes a Markdown table.
+
+    python benchmarks/missing.py --suite movielens --only "ml-1m/cold_items" [--work runs/benchmark]
+
+Each share of the items loses one of its modalities, drawn at random and the same for every run (`em3 evaluate
+--drop_modality`). What was measured stays in the run folders, so an interrupted table goes on where it was.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import auto_cli
+from ledger import ROOT, Ledger
+from tqdm import tqdm
+
+SHARES = (0.1, 0.3, 0.5, 0.7)
+COLUMNS = {"AUC": ("auc",), "AUC, items of 0 training rows": ("slices", "item_frequency", "0", "auc")}
+
+
+def main(suite: str, only: str, work: str = "runs/benchmark", out: str = "") -> None:
+    """Measure what is not measured yet, and tabulate.
+
+    Args:
+        suite: Suite whose runs are wanted.
+        only: Regular expression; takes the runs with content whose "data set/split/ranker, row" it matches.
+        work: Folder of benchmarks/run.py.
+        out: Markdown file; benchmarks/results/missing-SUITE.md if not given.
+    """
+    records = [record for record in Ledger(Path(work) / "results.jsonl").read() if record["suite"] == suite]
+    wanted = [record for record in records if re.search(only, _name(record)) and _has_content(record)]
+    if not wanted:
+        raise SystemExit(f"--only {only} matches no finished run with content; run benchmarks/run.py first")
+    rows: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for record in tqdm(wanted, unit="run"):
+        rows[_name(record)][0.0].append(record["test"])
+        for share in SHARES:
+            rows[_name(record)][share].append(_measure(Path(work) / record["run"], share))
+    text = "\n".join([_heading(wanted), *(_line(name, cells) for name, cells in rows.items()), ""])
+    Path(out or f"benchmarks/results/missing-{suite}.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _name(record: dict[str, Any]) -> str:
+    return f"{record['dataset']}/{record['split']}/{record['ranker']}, {record['row']}"
+
+
+def _has_content(record: dict[str, Any]) -> bool:
+    return bool(record["options"].get("model.content") != "none")
+
+
+def _measure(run: Path, share: float) -> dict[str, Any]:
+    """Return the test metrics of a run of whose items this share lacks a modality."""
+    path = run / f"robustness-{share:g}-seed-0.json"
+    if not path.is_file():
+        command = [sys.executable, "-m", "torchrec_em3", "evaluate", str(run.resolve()), "--drop_modality", str(share)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["test"]
+    return found
+
+
+def _heading(records: list[dict[str, Any]]) -> str:
+    commits = ", ".join(sorted({record["commit"] for record in records}))
+    shares = [f"{share:.0%}" for share in (0.0, *SHARES)]
+    return (
+        "# Items that lack a modality at test time\n\n"
+        "Test split, mean ± standard deviation over seeds. Above each column the share of the items that lose one of "
+        "their modalities; an item that has one loses it. Left the AUC of all rows, right that of the items of 0 "
+        f"training rows. Commit {commits}. Printed by\n\n```\npython {shlex.join(sys.argv)}\n```\n\n"
+        f"| | seeds | {' | '.join(shares)} | {' | '.join(f'new, {share}' for share in shares)} |\n"
+        + "|---" * (2 * len(shares) + 2)
+        + "|"
+    )
+
+
+def _line(name: str, cells: dict[float, list[dict[str, Any]]]) -> str:
+    figures = []
+    for column in COLUMNS.values():
+        for found in cells.values():
+            values = np.array([_at(metrics, column) for metrics in found])
+            deviation = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
+            figures.append(f"{values.mean():.4f}{deviation}")
+    return f"| {name} | {len(cells[0.0])} | {' | '.join(figures)} |"
+
+
+def _at(values: Any, path: tuple[str, ...]) -> float:
+    for name in path:
+        values = values[name]
+    return float(values)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
