@@ -10,12 +10,13 @@ import torch
 from torchrec_em3.batch import Batch
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.config import Config
-from torchrec_em3.datasets.loader import BatchStream, batch_loader
+from torchrec_em3.datasets.loader import batch_loader
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.evaluate import refresh_bank
 from torchrec_em3.parsing import resolve_parts
 from torchrec_em3.pipeline import CheckedPipeline
 from torchrec_em3.process_group import Ranks
+from torchrec_em3.streams import open_stream
 
 __all__ = ["Shape", "Training", "cpu_seconds_per_1k", "endless_batches", "shape_of", "take_turns"]
 
@@ -38,9 +39,13 @@ def take_turns(works: Mapping[str, Callable[[], int]], rounds: int) -> dict[str,
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def endless_batches(config: Config, data: PreparedData) -> Iterator[Batch]:
-    """Yield training batches, epoch after epoch."""
-    stream = BatchStream(data, "train", batch_size=config.loader.batch_size, max_history=config.loader.max_history)
+ALONE = Ranks(0, 1, 1, torch.device("cpu"), None)
+"""One process, for what only reads."""
+
+
+def endless_batches(config: Config, data: PreparedData, ranks: Ranks = ALONE) -> Iterator[Batch]:
+    """Yield a rank's training batches, epoch after epoch."""
+    stream = open_stream(config, data, "train", ranks)
     while True:
         yield from batch_loader(stream)
 
@@ -62,7 +67,7 @@ class Training:
         if refresh:
             refresh_bank(self.sharded, ranks)
         self._pipeline = CheckedPipeline(self.sharded, ranks)
-        self._batches = endless_batches(self.config, self.data)
+        self._batches = endless_batches(self.config, self.data, ranks)
 
     def run(self, steps: int) -> int:
         """Train `steps` steps as `em3 train` does and return their samples."""
