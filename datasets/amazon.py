@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from torchrec_em3.datasets.amazon_items import CONTENT_FIELDS, ITEM_FIELDS, Product, raw_items, read_products
+from torchrec_em3.datasets.ids import IdNumbers, count_codes, ids_from_codes
 from torchrec_em3.datasets.picture_download import PictureLimits, download_pictures
 from torchrec_em3.datasets.raw import RawDataset
 from torchrec_em3.datasets.records import Record, bare_name, read_records
 from torchrec_em3.datasets.tables import first_line
+from torchrec_em3.datasets.user_groups import repeated_rows
 from torchrec_em3.errors import DataError
 
 __all__ = ["read_amazon"]
@@ -105,8 +108,8 @@ def read_amazon(
     )
     return RawDataset(
         name=source.resolve().name,
-        user_id=events.user_ids[events.user],
-        item_id=events.item_ids[events.item],
+        user_id=ids_from_codes(events.user, events.user_ids),
+        item_id=ids_from_codes(events.item, events.item_ids),
         rating=events.rating,
         timestamp=events.timestamp,
         items=raw_items(events.item_ids, products, folder if images is not None or folder.is_dir() else None),
@@ -115,7 +118,7 @@ def read_amazon(
 
 
 def _download(events: _Events, products: dict[str, Product], folder: Path, limits: PictureLimits) -> None:
-    by_count = np.argsort(-np.bincount(events.item), kind="stable")
+    by_count = np.argsort(-count_codes(events.item, len(events.item_ids)), kind="stable")
     wanted = {item: products[item].picture for item in events.item_ids[by_count].tolist() if item in products}
     download_pictures({item: address for item, address in wanted.items() if address}, folder, limits)
 
@@ -186,24 +189,10 @@ def _names_without_header(fields: list[str]) -> tuple[str, ...]:
     return user, item, rating, time
 
 
-class _Ids:
-    """Ids as numbers, in order of appearance."""
-
-    def __init__(self) -> None:
-        self.number_of: dict[str, int] = {}
-        self.numbers = array("q")
-
-    def add(self, value: str) -> None:
-        self.numbers.append(self.number_of.setdefault(value, len(self.number_of)))
-
-    def distinct(self) -> np.ndarray:
-        return np.array(list(self.number_of), dtype=object)
-
-
 def _read_events(path: Path) -> _Events:
-    users, items, ratings, times = _Ids(), _Ids(), array("f"), array("q")
+    users, items, ratings, times = IdNumbers(), IdNumbers(), array("f"), array("q")
     form: _Form | None = None
-    for row, record in _records(path):
+    for row, record in tqdm(_records(path), desc="read events", unit="event", unit_scale=True, disable=None):
         form = form or _form_of(record)
         if form is None:
             raise DataError(
@@ -218,12 +207,12 @@ def _read_events(path: Path) -> _Events:
     if form is None:
         raise DataError(f"{path}: the file holds no events; expected {', '.join(_FORM_2018.names)} in each row")
     return _Events(
-        user=np.array(users.numbers, dtype=np.int64),
-        item=np.array(items.numbers, dtype=np.int64),
-        rating=np.array(ratings, dtype=np.float32),
-        timestamp=np.array(times, dtype=np.int64),
-        user_ids=users.distinct(),
-        item_ids=items.distinct(),
+        user=users.numbers,
+        item=items.numbers,
+        rating=np.frombuffer(ratings, dtype=np.float32),
+        timestamp=np.frombuffer(times, dtype=np.int64),
+        user_ids=users.values,
+        item_ids=items.values,
     )
 
 
@@ -267,14 +256,12 @@ def _time(record: Record, form: _Form, where: str) -> int:
 
 def _drop_repeats(events: _Events, path: Path) -> _Events:
     """Keep the first of the events that agree in user, item and second, such as one review shown for two variants."""
-    pair = events.user * len(events.item_ids) + events.item
-    order = np.lexsort((events.timestamp, pair))
-    again = (np.diff(pair[order]) == 0) & (np.diff(events.timestamp[order]) == 0)
-    if not again.any():
+    repeated = repeated_rows(events.user, events.item, events.timestamp, len(events.user_ids))
+    if not len(repeated):
         return events
-    logger.warning("%s: %d events agree with an earlier one in user, item and second; left out", path, again.sum())
-    kept = np.ones(len(pair), dtype=bool)
-    kept[order[1:][again]] = False
+    logger.warning("%s: %d events agree with an earlier one in user, item and second; left out", path, len(repeated))
+    kept = np.ones(len(events.user), dtype=bool)
+    kept[repeated] = False
     return replace(
         events,
         user=events.user[kept],

@@ -8,10 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from torchrec_em3.datasets.ids import Ids, arrow_strings, encode_ids, look_up, to_dictionary
 from torchrec_em3.datasets.raw import RawDataset
+from torchrec_em3.datasets.user_groups import repeated_rows
 from torchrec_em3.errors import ConfigError, DataError
 
-__all__ = ["arrow_strings", "check_events", "check_raw", "check_task_names", "encode_ids"]
+__all__ = ["check_events", "check_raw", "check_task_names"]
 
 # Year 3000 in seconds: a larger number is milliseconds or something else.
 _MAX_TIMESTAMP = 32_503_680_000
@@ -19,25 +21,9 @@ _PLAIN_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _RESERVED = frozenset({"user", "target", "history", "item", "raw_id", "train_count"})
 
 
-def arrow_strings(ids: np.ndarray) -> pa.Array:
-    """Return an array of str as one arrow array; pyarrow itself splits large ones."""
-    array = pa.array(ids, type=pa.string())
-    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-
-
-def encode_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct ids in string order and, for each entry of `ids`, its position among them (int64)."""
-    encoded = arrow_strings(ids).dictionary_encode()
-    values = np.asarray(encoded.dictionary.to_pylist(), dtype=str)
-    order = np.argsort(values, kind="stable")
-    position = np.empty(len(values), dtype=np.int64)
-    position[order] = np.arange(len(values))
-    return values[order], position[encoded.indices.to_numpy()]
-
-
 def check_events(
-    user_id: np.ndarray,
-    item_id: np.ndarray,
+    user_id: Ids,
+    item_id: Ids,
     rating: np.ndarray,
     timestamp: np.ndarray,
     *,
@@ -48,8 +34,8 @@ def check_events(
     """Check the columns of the events.
 
     Args:
-        user_id: str.
-        item_id: str.
+        user_id: str, or a dictionary of them.
+        item_id: str, or a dictionary of them.
         rating: Floating point.
         timestamp: Seconds since 1970, integers.
         source: File or data set, for the messages.
@@ -57,17 +43,19 @@ def check_events(
         rating_range: Smallest and largest rating allowed.
 
     Raises:
-        DataError: If there is no event, columns differ in length or type, an id is empty, a rating is not finite or out
-            of range, a timestamp is negative or not in seconds, or two events agree in user, item and timestamp.
+        DataError: If there is no event, columns differ in length or type, an id is null or empty, a rating is not
+            finite or out of range, a timestamp is negative or not in seconds, or two events agree in user, item and
+            timestamp.
     """
-    columns = {"user_id": user_id, "item_id": item_id, "rating": rating, "timestamp": timestamp}
-    kinds = {"user_id": "UO", "item_id": "UO", "rating": "f", "timestamp": "iu"}
-    for name, column in columns.items():
-        if column.ndim != 1 or len(column) != len(user_id):
-            raise DataError(f"{source}: {name} has shape {list(column.shape)}, expected [{len(user_id)}] as user_id")
-        if column.dtype.kind not in kinds[name]:
-            expected = {"UO": "str", "f": "floating point", "iu": "integer"}[kinds[name]]
-            raise DataError(f"{source}: {name} has dtype {column.dtype}, expected {expected}")
+    columns = {"rating": rating, "timestamp": timestamp}
+    expected = {"user_id": "str", "item_id": "str", "rating": "floating point", "timestamp": "integer"}
+    for name, column in {"user_id": user_id, "item_id": item_id, **columns}.items():
+        shape = [len(column)] if isinstance(column, pa.DictionaryArray) else list(column.shape)
+        if shape != [len(user_id)]:
+            raise DataError(f"{source}: {name} has shape {shape}, expected [{len(user_id)}] as user_id")
+        if not _has_kind(column, expected[name]):
+            dtype = column.type if isinstance(column, pa.DictionaryArray) else column.dtype
+            raise DataError(f"{source}: {name} has dtype {dtype}, expected {expected[name]}")
     if len(user_id) == 0:
         raise DataError(f"{source}: no events; a data set needs at least one")
 
@@ -81,7 +69,7 @@ def check_events(
     refuse("rating", (rating < low) | (rating > high), f"outside {low:g}..{high:g}")
     refuse("timestamp", timestamp < 0, "before 1970; expected seconds since 1970")
     refuse("timestamp", timestamp > _MAX_TIMESTAMP, "after the year 3000; expected seconds, not milliseconds")
-    _check_ids_and_repeats(user_id, item_id, timestamp, source, first_row)
+    _check_ids_and_repeats(to_dictionary(user_id), to_dictionary(item_id), timestamp, source, first_row)
 
 
 def check_raw(raw: RawDataset, *, events_checked: bool = False) -> None:
@@ -130,6 +118,12 @@ def check_task_names(names: Iterable[str]) -> None:
             raise ConfigError(f"task '{name}' needs another name: small letters, digits and '_', a letter first")
 
 
+def _has_kind(column: Ids, kind: str) -> bool:
+    if isinstance(column, pa.DictionaryArray):
+        return kind == "str" and pa.types.is_string(column.type.value_type)
+    return column.dtype.kind in {"str": "UO", "floating point": "f", "integer": "iu"}[kind]
+
+
 def _check_labels(raw: RawDataset, source: str) -> None:
     check_task_names(raw.labels)
     for name, label in raw.labels.items():
@@ -143,23 +137,25 @@ def _check_labels(raw: RawDataset, source: str) -> None:
 
 
 def _check_ids_and_repeats(
-    user_id: np.ndarray, item_id: np.ndarray, timestamp: np.ndarray, source: str, first_row: int
+    user_id: pa.DictionaryArray, item_id: pa.DictionaryArray, timestamp: np.ndarray, source: str, first_row: int
 ) -> None:
+    for name, ids in (("user_id", user_id), ("item_id", item_id)):
+        if ids.null_count:
+            row = int(np.argmax(ids.is_null().to_numpy(zero_copy_only=False)))
+            raise DataError(f"{source} row {row + first_row}: {name} is null")
     users, user = encode_ids(user_id)
     items, item = encode_ids(item_id)
     for name, values, codes in (("user_id", users, user), ("item_id", items, item)):
         if values[0] == "":
             raise DataError(f"{source} row {int(np.argmax(codes == 0)) + first_row}: {name} is empty")
-    pair = user * len(items) + item
-    order = np.lexsort((timestamp, pair))
-    again = (np.diff(pair[order]) == 0) & (np.diff(timestamp[order]) == 0)
-    if again.any():
-        rows = order[1:][again]
-        row = int(rows.min())
-        first = first_row + int(np.argmax((pair == pair[row]) & (timestamp == timestamp[row])))
+    repeated = repeated_rows(user, item, timestamp, len(users), progress="check events")
+    if len(repeated):
+        row = int(repeated[0])
+        same = (user == user[row]) & (item == item[row]) & (timestamp == timestamp[row])
+        first = int(np.argmax(same)) + first_row
         raise DataError(
-            f"{source} row {row + first_row}: user_id {user_id[row]}, item_id {item_id[row]} and timestamp "
-            f"{timestamp[row]} repeat row {first} ({again.sum()} such rows); keep one of each"
+            f"{source} row {row + first_row}: user_id {users[user[row]]}, item_id {items[item[row]]} and timestamp "
+            f"{timestamp[row]} repeat row {first} ({len(repeated)} such rows); keep one of each"
         )
 
 
@@ -179,10 +175,11 @@ def _check_items(raw: RawDataset, source: str) -> None:
         counts = np.bincount(codes)
         repeated = ids[np.argmax(counts)]
         raise DataError(f"{source}: item_id '{repeated}' stands in the catalogue {counts.max()} times; keep one")
-    known = pc.is_in(arrow_strings(raw.item_id), value_set=arrow_strings(ids)).to_numpy(zero_copy_only=False)
+    named, code = encode_ids(raw.item_id)
+    known = pc.is_in(arrow_strings(named), value_set=arrow_strings(ids)).to_numpy(zero_copy_only=False)
     if not known.all():
-        row = int(np.argmin(known))
-        raise DataError(f"{source} row {row}: item_id '{raw.item_id[row]}' is not in the catalogue; add it to items")
+        row = int(np.argmin(look_up(known, code)))
+        raise DataError(f"{source} row {row}: item_id '{named[code[row]]}' is not in the catalogue; add it to items")
     for item_id, image in zip(items.item_id, items.image, strict=True):
         path = PurePosixPath(image)
         if path.is_absolute() or ".." in path.parts:

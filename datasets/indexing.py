@@ -10,10 +10,12 @@ import numpy as np
 import pyarrow.compute as pc
 
 from torchrec_em3.datasets import splits
-from torchrec_em3.datasets.checks import arrow_strings, encode_ids
+from torchrec_em3.datasets.ids import Ids, arrow_strings, count_codes, encode_ids, look_up
 from torchrec_em3.datasets.labels import make_labels, task_thresholds
 from torchrec_em3.datasets.negatives import Negatives, sample_negatives
+from torchrec_em3.datasets.ordered_events import OrderedEvents
 from torchrec_em3.datasets.raw import RawDataset
+from torchrec_em3.datasets.user_groups import user_groups
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.registry import closest
 
@@ -70,7 +72,7 @@ class IndexedDataset:
     users: Rows
     items: Rows
     catalogue: np.ndarray
-    events: dict[str, np.ndarray]
+    events: OrderedEvents
     histories: Histories
     time_cuts: tuple[int, int] | None
     tasks: dict[str, float | None]
@@ -109,9 +111,8 @@ def index_dataset(
     label = make_labels(raw, tasks)
     user_ids, user_code = encode_ids(raw.user_id)
     item_ids, catalogue_code = encode_ids(raw.items.item_id)
-    item_code = pc.index_in(arrow_strings(raw.item_id), value_set=arrow_strings(item_ids))
-    item_code = item_code.to_numpy().astype(np.int64)
-    split_E, cuts = _split(split, raw, user_code, item_code, seed)
+    item_code = _catalogue_codes(raw.item_id, item_ids)
+    split_E, cuts = _split(split, raw, user_code, len(user_ids), item_code, seed)
     drawn = _draw_negatives(raw, user_code, item_code, label["label"], split_E, negatives, negative_sampling, seed)
     train = split_E == splits.TRAIN
     users, user_row = rank_rows(user_ids, user_code[train])
@@ -119,28 +120,44 @@ def index_dataset(
     catalogue = np.empty(len(item_ids), dtype=np.int64)
     catalogue[item_row[catalogue_code] - 1] = np.arange(len(item_ids))
 
-    none = np.zeros(len(drawn.item))
+    num_given = len(user_code)
+    none, again = np.zeros(len(drawn.item), dtype=np.int8), drawn.positive
     columns = {
-        "user": user_row[np.append(user_code, user_code[drawn.positive])].astype(np.int32),
-        "item": item_row[np.append(item_code, drawn.item)].astype(np.int32),
-        **{name: np.append(column, none).astype(np.int8) for name, column in label.items()},
-        "rating": np.append(raw.rating, none).astype(np.float32),
-        "timestamp": np.append(raw.timestamp, raw.timestamp[drawn.positive]).astype(np.int64),
+        "user": _append(look_up(user_row.astype(np.int32), user_code), user_row[user_code[again]]),
+        "item": _append(look_up(item_row.astype(np.int32), item_code), item_row[drawn.item]),
+        **{name: _append(column, none) for name, column in label.items()},
+        "rating": _append(raw.rating.astype(np.float32, copy=False), none),
+        "timestamp": _append(raw.timestamp.astype(np.int64, copy=False), raw.timestamp[again]),
     }
+    del user_code, item_code
     order = np.lexsort((columns["user"], columns["timestamp"]))
-    events = {name: column[order] for name, column in columns.items()}
+    if len(order) <= np.iinfo(np.int32).max:
+        order = order.astype(np.int32)
     histories = build_histories(
-        events["user"],
-        events["item"],
-        events["timestamp"],
+        columns["user"],
+        columns["item"],
+        columns["timestamp"],
         num_user_rows=len(users.raw_id),
-        happened=order < len(user_code),
+        happened=np.arange(len(order), dtype=order.dtype) < num_given,
+        progress="lay out histories",
     )
-    events["history_end"] = histories.end
-    events["split"] = np.append(split_E, split_E[drawn.positive])[order]
+    columns["history_end"] = histories.end
+    columns["split"] = _append(split_E, split_E[again])
     if raw.probability is not None:
-        events["probability"] = raw.probability[order].astype(np.float32)
-    return IndexedDataset(users, items, catalogue, events, histories, cuts, tasks)
+        columns["probability"] = raw.probability.astype(np.float32, copy=False)
+    return IndexedDataset(users, items, catalogue, OrderedEvents(columns, order), histories, cuts, tasks)
+
+
+def _append(column: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """Return a column with rows behind it, in its own type; where there are none, without a copy."""
+    return np.append(column, more.astype(column.dtype)) if len(more) else column
+
+
+def _catalogue_codes(ids: Ids, catalogue: np.ndarray) -> np.ndarray:
+    """Return where each id stands in the catalogue, int32."""
+    named, code = encode_ids(ids)
+    place = pc.index_in(arrow_strings(named), value_set=arrow_strings(catalogue)).to_numpy()
+    return look_up(place.astype(np.int32), code)
 
 
 def rank_rows(ids: np.ndarray, train_code: np.ndarray) -> tuple[Rows, np.ndarray]:
@@ -153,7 +170,7 @@ def rank_rows(ids: np.ndarray, train_code: np.ndarray) -> tuple[Rows, np.ndarray
     Returns:
         The n + 1 rows, and the row of each entry of `ids`, int64 [n].
     """
-    count = np.bincount(train_code, minlength=len(ids)).astype(np.int64)
+    count = count_codes(train_code, len(ids))
     order = np.argsort(-count, kind="stable")
     row = np.empty(len(ids), dtype=np.int64)
     row[order] = np.arange(1, len(ids) + 1)
@@ -166,7 +183,12 @@ def rank_rows(ids: np.ndarray, train_code: np.ndarray) -> tuple[Rows, np.ndarray
 
 
 def build_histories(
-    user: np.ndarray, item: np.ndarray, timestamp: np.ndarray, num_user_rows: int, happened: np.ndarray
+    user: np.ndarray,
+    item: np.ndarray,
+    timestamp: np.ndarray,
+    num_user_rows: int,
+    happened: np.ndarray,
+    progress: str = "",
 ) -> Histories:
     """Lay every user's events one behind the other and mark, for each event, which of them came strictly before it.
 
@@ -175,27 +197,32 @@ def build_histories(
     Args:
         user: User row of each event, integers [E].
         item: Catalogue row, integers [E].
-        timestamp: Integers [E], never decreasing.
+        timestamp: Integers [E]; a user's events of one instant keep the order in which they are given.
         num_user_rows: Rows of the user table, row 0 included.
         happened: Bool [E]; false for sampled negatives, which see a history and are in none.
+        progress: Name of the progress bar; none is shown if it is empty.
 
     Returns:
         The histories; `end` is aligned with the arguments.
     """
-    by_user = np.argsort(user, kind="stable")
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(user[happened], minlength=num_user_rows))])
-    starts = np.ones(len(user), dtype=bool)
-    starts[1:] = (np.diff(user[by_user]) != 0) | (np.diff(timestamp[by_user]) != 0)
-    # An instant's first event marks where the history of all of the instant's events ends.
-    first = np.maximum.accumulate(np.where(starts, np.arange(len(user)), 0))
-    kept = happened[by_user]
+    count = count_codes(user, num_user_rows) - count_codes(user[~happened], num_user_rows)
+    offsets = np.concatenate([[0], np.cumsum(count)])
+    items = np.empty(offsets[-1], dtype=np.int32)
     end = np.empty(len(user), dtype=np.int64)
-    end[by_user] = (np.cumsum(kept) - kept)[first]
-    return Histories(offsets.astype(np.int64), item[by_user[kept]].astype(np.int32), end)
+    for first_user, end_user, rows in user_groups(user, num_user_rows, progress):
+        by_user = rows[np.lexsort((timestamp[rows], user[rows]))]
+        starts = np.ones(len(by_user), dtype=bool)
+        starts[1:] = (np.diff(user[by_user]) != 0) | (np.diff(timestamp[by_user]) != 0)
+        # An instant's first event marks where the history of all of the instant's events ends.
+        first = np.maximum.accumulate(np.where(starts, np.arange(len(by_user)), 0))
+        kept = happened[by_user]
+        end[by_user] = offsets[first_user] + (np.cumsum(kept) - kept)[first]
+        items[offsets[first_user] : offsets[end_user]] = item[by_user[kept]]
+    return Histories(offsets.astype(np.int64), items, end)
 
 
 def _split(
-    name: str, raw: RawDataset, user: np.ndarray, item: np.ndarray, seed: int
+    name: str, raw: RawDataset, user: np.ndarray, num_users: int, item: np.ndarray, seed: int
 ) -> tuple[np.ndarray, tuple[int, int] | None]:
     if name not in splits.SPLITS:
         known = list(splits.SPLITS)
@@ -206,7 +233,7 @@ def _split(
             "user's events; use --split leave_last or cold_items"
         )
     if name == "leave_last":
-        return _leave_last(user, raw.timestamp), None
+        return _leave_last(user, num_users, raw.timestamp), None
     if name == "temporal":
         return splits.temporal(raw.timestamp)
     split = splits.cold_items(item, seed)
@@ -215,15 +242,18 @@ def _split(
     if raw.timed:
         split[warm], cuts = splits.temporal(raw.timestamp[warm])
     else:
-        split[warm] = _leave_last(user[warm], raw.timestamp[warm])
+        split[warm] = _leave_last(user[warm], num_users, raw.timestamp[warm])
     return split, cuts
 
 
-def _leave_last(user: np.ndarray, timestamp: np.ndarray) -> np.ndarray:
+def _leave_last(user: np.ndarray, num_users: int, timestamp: np.ndarray) -> np.ndarray:
     """Take each user's last two events; those of one instant keep the order in which they were given."""
-    order = np.empty(len(user), dtype=np.int64)
-    order[np.argsort(timestamp, kind="stable")] = np.arange(len(user))
-    return splits.leave_last(user, order)
+    split = np.empty(len(user), dtype=np.int8)
+    for _, _, rows in user_groups(user, num_users):
+        order = np.empty(len(rows), dtype=np.int64)
+        order[np.argsort(timestamp[rows], kind="stable")] = np.arange(len(rows))
+        split[rows] = splits.leave_last(user[rows], order)
+    return split
 
 
 def _draw_negatives(

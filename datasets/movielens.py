@@ -60,6 +60,7 @@ def read_movielens(source: Path, ratings: Path | None = None) -> RawDataset:
     table = read_table(path, layout, _EVENT_TYPES)
     user_id, item_id = text_column(table, "user_id"), text_column(table, "item_id")
     rating, timestamp = table["rating"].to_numpy(), table["timestamp"].to_numpy()
+    del table  # and with it the ids as they stand in the file
     check_events(user_id, item_id, rating, timestamp, source=str(path), first_row=first_row, rating_range=_RATING_RANGE)
     name = source.resolve().name
     raw = RawDataset(
@@ -68,14 +69,14 @@ def read_movielens(source: Path, ratings: Path | None = None) -> RawDataset:
         item_id=item_id,
         rating=rating,
         timestamp=timestamp,
-        items=read_catalogue(source, item_id),
+        items=read_catalogue(source, item_id.dictionary.to_pylist()),
         image_root=source,
         user_features=_read_users(source),
     )
     check_raw(raw, events_checked=True)
     logging.getLogger(__name__).info(
         "%s: %d ratings of %d users, %d movies in the catalogue",
-        *(path, len(rating), len(np.unique(user_id)), len(raw.items.item_id)),
+        *(path, len(rating), len(user_id.dictionary), len(raw.items.item_id)),
     )
     return raw
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -77,12 +77,12 @@ def movie_text(title: str, genres: Iterable[str], plot: str, abstract: str) -> s
     return " ".join(part if part[-1] in ".!?" else f"{part}." for part in clean if part)[:_MAX_TEXT]
 
 
-def read_catalogue(source: Path, rated: np.ndarray) -> RawItems:
+def read_catalogue(source: Path, rated: Sequence[str]) -> RawItems:
     """Read every movie that a movies file, `items.csv` or the ratings name.
 
     Args:
         source: Folder of the data set.
-        rated: Item ids of the ratings, str, any number of times; those that no file describes get an empty entry.
+        rated: Item ids of the ratings; those that no file describes get an empty entry.
 
     Returns:
         Movies in the order of the files. A field of `items.csv` stands above the movies file's where it is not empty.
@@ -96,7 +96,7 @@ def read_catalogue(source: Path, rated: np.ndarray) -> RawItems:
         for part in fields(extra):
             if getattr(extra, part.name):
                 setattr(known, part.name, getattr(extra, part.name))
-    undescribed = [item_id for item_id in np.unique(rated).tolist() if item_id not in movies]
+    undescribed = [item_id for item_id in sorted(rated) if item_id not in movies]
     if undescribed and movies:
         logging.getLogger(__name__).warning(
             "%s: %d rated movies (first: %s) are in no movies file; they have no text",

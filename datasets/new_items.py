@@ -51,7 +51,7 @@ def read_new_items(folder: Path) -> RawItems:
     if path is None:
         raise DataError(f"{folder}: no items.csv; it needs the columns item_id, title and text")
     names = column_names(path, _ITEMS_CSV)
-    items = _read_texts(path, names) if "text" in names else read_catalogue(folder, np.array([], dtype=str))
+    items = _read_texts(path, names) if "text" in names else read_catalogue(folder, [])
     pictures = _find_pictures(folder)
     image = [named or pictures.get(item, "") for named, item in zip(items.image, items.item_id, strict=True)]
     return replace(items, image=np.array(image, dtype=object))

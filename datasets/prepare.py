@@ -7,7 +7,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from torchrec_em3.components.interfaces import TokenEncoder
 from torchrec_em3.datasets import splits
 from torchrec_em3.datasets.checks import check_raw, check_task_names
 from torchrec_em3.datasets.codes import write_codes
+from torchrec_em3.datasets.ids import count_codes, to_dictionary
 from torchrec_em3.datasets.indexing import IndexedDataset, index_dataset
 from torchrec_em3.datasets.negatives import check_sampling
+from torchrec_em3.datasets.ordered_events import ROW_GROUP_ROWS, write_events
 from torchrec_em3.datasets.prepared import FORMAT_VERSION, hash_content
 from torchrec_em3.datasets.raw import RawDataset
 from torchrec_em3.datasets.token_reduction import reduce_tokens
@@ -33,8 +35,6 @@ from torchrec_em3.registry import ENCODERS, closest
 __all__ = ["PrepareOptions", "prepare"]
 
 NO_ENCODER = "none"
-# Small enough that a damaged row group costs little to find, large enough that zstd and statistics pay.
-_ROW_GROUP_ROWS = 1 << 17
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +132,7 @@ def prepare(raw: RawDataset, out: Path, options: PrepareOptions) -> dict[str, An
         ConfigError: If an encoder or one of its options is unknown.
     """
     check_raw(raw)
+    raw = replace(raw, user_id=to_dictionary(raw.user_id), item_id=to_dictionary(raw.item_id))
     _check_out(out, options.overwrite)
     encoders = _build_encoders(options)
     indexed = index_dataset(
@@ -144,7 +145,7 @@ def prepare(raw: RawDataset, out: Path, options: PrepareOptions) -> dict[str, An
         negative_sampling=options.negative_sampling,
     )
     with _renamed_when_complete(out) as folder:
-        _write_interactions(folder / "interactions", indexed, options.max_part_rows)
+        write_events(folder / "interactions", indexed.events, options.max_part_rows)
         _write_histories(folder / "history", indexed)
         features = _write_users(folder, raw, indexed)
         table = _write_items(folder, raw, indexed)
@@ -220,16 +221,8 @@ def _build_encoders(options: PrepareOptions) -> dict[str, tuple[str, TokenEncode
 
 def _write_table(path: Path, columns: Mapping[str, Any]) -> pa.Table:
     table = pa.table(dict(columns))
-    pq.write_table(table, path, compression="zstd", write_page_checksum=True, row_group_size=_ROW_GROUP_ROWS)
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True, row_group_size=ROW_GROUP_ROWS)
     return table
-
-
-def _write_interactions(folder: Path, indexed: IndexedDataset, max_part_rows: int) -> None:
-    folder.mkdir()
-    num_rows = len(indexed.events["user"])
-    for part, start in enumerate(range(0, num_rows, max_part_rows)):
-        columns = {name: column[start : start + max_part_rows] for name, column in indexed.events.items()}
-        _write_table(folder / f"part-{part:05d}.parquet", columns)
 
 
 def _write_histories(folder: Path, indexed: IndexedDataset) -> None:
@@ -312,7 +305,7 @@ def _describe(
     features: list[dict[str, Any]],
     modalities: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    train, validation, test = np.bincount(indexed.events["split"], minlength=3).tolist()
+    train, validation, test = count_codes(indexed.events["split"], 3).tolist()
     return {
         "format_version": FORMAT_VERSION,
         "dataset": raw.name,
@@ -323,14 +316,14 @@ def _describe(
         "negatives": {
             "per_positive": options.negatives,
             "sampling": options.negative_sampling,
-            "rows": len(indexed.events["split"]) - len(indexed.histories.items),
+            "rows": indexed.events.num_rows - len(indexed.histories.items),
         },
         "counts": {
             "users": len(indexed.users.raw_id) - 1,
             "items": len(indexed.items.raw_id) - 1,
             "known_users": indexed.users.known,
             "known_items": indexed.items.known,
-            "interactions": len(indexed.events["split"]),
+            "interactions": indexed.events.num_rows,
             "train": train,
             "validation": validation,
             "test": test,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from torchrec_em3.datasets.ids import Ids
+
 __all__ = ["RawCodes", "RawDataset", "RawItems"]
 
 
@@ -47,8 +49,9 @@ class RawDataset:
 
     Attributes:
         name: Name of the data set for the records.
-        user_id: Publisher's user id of each event, str.
-        item_id: Publisher's item id of each event, str.
+        user_id: Publisher's user id of each event: str, or a `pyarrow.DictionaryArray` of them, which takes 4 bytes an
+            event.
+        item_id: Publisher's item id of each event, likewise.
         rating: Rating of each event, float32; clicks are 0 and 1.
         timestamp: Seconds since 1970 of each event, int64; where `timed` is false, its place among its user's events.
         items: The catalogue; holds every `item_id` of the events, and possibly more.
@@ -62,8 +65,8 @@ class RawDataset:
     """
 
     name: str
-    user_id: np.ndarray
-    item_id: np.ndarray
+    user_id: Ids
+    item_id: Ids
     rating: np.ndarray
     timestamp: np.ndarray
     items: RawItems

@@ -8,12 +8,14 @@ Recognised from the names of the files:
 """
 
 import logging
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from torchrec_em3.datasets.amazon_items import Product, describe_product, raw_items, read_products
+from torchrec_em3.datasets.ids import IdNumbers
 from torchrec_em3.datasets.plain_text import plain_text
 from torchrec_em3.datasets.raw import RawDataset
 from torchrec_em3.datasets.records import decode_line, read_lines, read_object
@@ -51,19 +53,19 @@ def read_sequences(source: Path, metadata: Path | None = None, images: Path | No
         raise DataError(f"{source}: not a folder; give the folder that holds the sequence file")
     path, sequences = _open(source)
     users, items, places = _flatten(path, sequences)
-    item_id = np.array(list(dict.fromkeys(items)), dtype=object)
+    item_id = items.values
     products = _read_texts(source)
     if metadata is not None:
         products |= read_products(source / metadata, item_id.tolist())
     if not products:
         logger.warning("%s: no texts of the items", source)
-    logger.info("%s: %d events of %d users on %d items", path, len(items), places.count(0), len(item_id))
+    logger.info("%s: %d events of %d users on %d items", path, len(places), len(users.values), len(item_id))
     return RawDataset(
         name=source.resolve().name,
-        user_id=np.array(users, dtype=object),
-        item_id=np.array(items, dtype=object),
-        rating=np.ones(len(items), dtype=np.float32),
-        timestamp=np.array(places, dtype=np.int64),
+        user_id=users.encoded(),
+        item_id=items.encoded(),
+        rating=np.ones(len(places), dtype=np.float32),
+        timestamp=places,
         items=raw_items(item_id, products, images),
         image_root=images if images is not None else source,
         timed=False,
@@ -85,10 +87,9 @@ def _open(source: Path) -> tuple[Path, Iterator[tuple[str, _Sequence]]]:
     return path, reader(path)
 
 
-def _flatten(path: Path, sequences: Iterator[tuple[str, _Sequence]]) -> tuple[list[str], list[str], list[int]]:
-    users: list[str] = []
-    items: list[str] = []
-    places: list[int] = []
+def _flatten(path: Path, sequences: Iterator[tuple[str, _Sequence]]) -> tuple[IdNumbers, IdNumbers, np.ndarray]:
+    """Return user, item and place among the user's events of each event."""
+    users, items, places = IdNumbers(), IdNumbers(), array("q")
     seen: dict[str, str] = {}
     for where, (user, sequence) in sequences:
         if not sequence:
@@ -96,12 +97,13 @@ def _flatten(path: Path, sequences: Iterator[tuple[str, _Sequence]]) -> tuple[li
         if user in seen:
             raise DataError(f"{where}: user '{user}' has a sequence already ({seen[user]}); expected one a user")
         seen[user] = where.removeprefix(f"{path} ")
-        users += [user] * len(sequence)
-        items += sequence
-        places += range(len(sequence))
-    if not items:
+        for item in sequence:
+            users.add(user)
+            items.add(item)
+        places.extend(range(len(sequence)))
+    if not places:
         raise DataError(f"{path}: the file holds no sequences")
-    return users, items, places
+    return users, items, np.frombuffer(places, dtype=np.int64)
 
 
 def _read_lines_of_ids(path: Path) -> Iterator[tuple[str, _Sequence]]:

@@ -34,17 +34,24 @@ def temporal(
     """
     if min(fractions) <= 0 or not math.isclose(sum(fractions), 1):
         raise ConfigError(f"split fractions {fractions} must be positive and sum to 1")
-    instants, counts = np.unique(timestamps, return_counts=True)
-    if len(instants) < 3:
-        raise DataError(
-            f"{len(timestamps)} events with {len(instants)} distinct timestamps cannot be cut into three spans"
-        )
-    before = np.cumsum(counts) - counts
-    wanted = len(timestamps) * np.cumsum(fractions)[:2]
-    first = 1 + int(np.argmin(np.abs(before[1:-1] - wanted[0])))
-    second = first + 1 + int(np.argmin(np.abs(before[first + 1 :] - wanted[1])))
-    cuts = (int(instants[first]), int(instants[second]))
-    return np.searchsorted(np.array(cuts), timestamps, side="right").astype(np.int8), cuts
+    ordered = np.sort(timestamps)
+    # Where each instant begins but the first, which always trains.
+    begins = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+    if len(begins) < 2:
+        instants = min(len(ordered), 1) + len(begins)
+        raise DataError(f"{len(timestamps)} events with {instants} distinct timestamps cannot be cut into three spans")
+    wanted = len(ordered) * np.cumsum(fractions)[:2]
+    first = _nearest(begins[:-1], float(wanted[0]))
+    second = first + 1 + _nearest(begins[first + 1 :], float(wanted[1]))
+    cuts = (int(ordered[begins[first]]), int(ordered[begins[second]]))
+    return (timestamps >= cuts[0]).astype(np.int8) + (timestamps >= cuts[1]), cuts
+
+
+def _nearest(ascending: np.ndarray, wanted: float) -> int:
+    """Return the position of the number that is nearest to the wanted one, the first of two."""
+    place = int(np.searchsorted(ascending, wanted))
+    around = [one for one in (place - 1, place) if 0 <= one < len(ascending)]
+    return min(around, key=lambda one: float(abs(ascending[one] - wanted)))
 
 
 def leave_last(user: np.ndarray, order: np.ndarray) -> np.ndarray:

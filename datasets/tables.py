@@ -108,11 +108,9 @@ def read_table(
     return table
 
 
-def text_column(table: pa.Table, name: str) -> np.ndarray:
-    """Return a string column as an array of fixed-width numpy strings (`dtype.kind == "U"`)."""
-    encoded = table[name].combine_chunks().dictionary_encode()
-    values = np.asarray(encoded.dictionary.to_pylist(), dtype=str)
-    return values[encoded.indices.to_numpy(zero_copy_only=False)]
+def text_column(table: pa.Table, name: str) -> pa.DictionaryArray:
+    """Return a string column as distinct strings and positions."""
+    return table[name].dictionary_encode().unify_dictionaries().combine_chunks()
 
 
 def _read_bytes(path: Path, limit: int = -1) -> bytes:

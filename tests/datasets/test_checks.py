@@ -4,10 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.datasets.raw_data import make_raw
-from torchrec_em3.datasets.checks import check_raw, encode_ids
+from torchrec_em3.datasets.checks import check_raw
 from torchrec_em3.datasets.raw import RawDataset
 from torchrec_em3.errors import DataError
 
@@ -112,16 +113,17 @@ def test_feature_names_that_would_collide_or_leave_the_folder(name: str) -> None
         check_raw(replace(make_raw(), user_features={name: {}}))
 
 
-def test_encode_ids_numbers_ids_in_string_order() -> None:
-    for dtype in (object, str):
-        values, codes = encode_ids(np.array(["b", "10", "9", "b", "é"], dtype=dtype))
-        assert values.tolist() == ["10", "9", "b", "é"]
-        assert codes.tolist() == [2, 0, 1, 2, 3]
-
-
-def test_encode_ids_of_more_text_than_one_arrow_chunk() -> None:
-    ids = np.full(340, "b" * 50_000)
-    ids[7] = "a"
-    values, codes = encode_ids(ids)
-    assert [len(value) for value in values] == [1, 50_000]
-    assert np.flatnonzero(codes == 0).tolist() == [7]
+def test_ids_may_be_a_dictionary() -> None:
+    raw = make_raw()
+    encoded = {name: pa.array(getattr(raw, name)).dictionary_encode() for name in ("user_id", "item_id")}
+    check_raw(replace(raw, **encoded))
+    for name, ids in encoded.items():
+        dictionary = ids.dictionary.to_pylist()
+        empty = pa.DictionaryArray.from_arrays(ids.indices, pa.array(["", *dictionary[1:]]))
+        with pytest.raises(DataError, match=f"row 0: {name} is empty"):
+            check_raw(replace(raw, **{name: empty}))
+        missing = pa.DictionaryArray.from_arrays(pa.array([0, None, *ids.indices.to_pylist()[2:]]), ids.dictionary)
+        with pytest.raises(DataError, match=f"row 1: {name} is null"):
+            check_raw(replace(raw, **{name: missing}))
+        with pytest.raises(DataError, match=rf"{name} has dtype dictionary.*, expected str"):
+            check_raw(replace(raw, **{name: pa.array(range(len(ids))).dictionary_encode()}))

@@ -1,6 +1,7 @@
 """Sampled negatives: never what the user took, as many as asked for, from a seed, as popular as the positives."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_negatives_are_rows_beside_their_positives_and_in_no_history(split: str,
         assert np.array_equal(getattr(indexed, rows).raw_id, getattr(plain, rows).raw_id)
         assert np.array_equal(getattr(indexed, rows).train_count, getattr(plain, rows).train_count)
 
-    def rows_of(events: dict[str, np.ndarray]) -> list[tuple[float, ...]]:
+    def rows_of(events: Mapping[str, np.ndarray]) -> list[tuple[float, ...]]:
         names = ("user", "item", "label", "rating", "timestamp", "history_end", "split")
         return list(zip(*(events[name].tolist() for name in names), strict=True))
 

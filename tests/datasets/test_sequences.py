@@ -56,7 +56,7 @@ FORMS: dict[str, Callable[[Path, bool], None]] = {"ids": write_ids, "numbers": w
 
 def told(raw: RawDataset) -> dict[str, list[str]]:
     found: dict[str, list[tuple[int, str]]] = {}
-    for user, item, place in zip(raw.user_id, raw.item_id, raw.timestamp, strict=True):
+    for user, item, place in zip(raw.user_id.tolist(), raw.item_id.tolist(), raw.timestamp, strict=True):
         found.setdefault(user, []).append((int(place), item))
     assert all([place for place, _ in items] == list(range(len(items))) for items in found.values())
     return {user: [item for _, item in items] for user, items in found.items()}

@@ -25,6 +25,19 @@ def test_temporal_cuts_between_instants_and_as_near_as_they_allow(values: list[i
     assert abs(np.sum(split == TRAIN) - 0.8 * len(values)) == min(shares)
 
 
+@quick
+@given(times, st.sampled_from([(0.8, 0.1, 0.1), (0.5, 0.25, 0.25), (0.05, 0.05, 0.9), (0.9, 0.05, 0.05)]))
+def test_temporal_takes_the_cuts_that_a_look_at_every_instant_takes(
+    values: list[int], fractions: tuple[float, float, float]
+) -> None:
+    instants = sorted(set(values))
+    before = [sum(value < instant for value in values) for instant in instants]
+    wanted = len(values) * np.cumsum(fractions)[:2]
+    first = min(range(1, len(instants) - 1), key=lambda place: abs(before[place] - wanted[0]))
+    second = min(range(first + 1, len(instants)), key=lambda place: abs(before[place] - wanted[1]))
+    assert temporal(np.array(values), fractions)[1] == (instants[first], instants[second])
+
+
 def test_temporal_is_exact_where_all_instants_differ() -> None:
     split, cuts = temporal(np.random.default_rng(0).permutation(1000))
     assert np.bincount(split).tolist() == [800, 100, 100]
@@ -36,6 +49,8 @@ def test_temporal_is_exact_where_all_instants_differ() -> None:
 def test_temporal_refuses_what_cannot_be_cut() -> None:
     with pytest.raises(DataError, match="100 events with 2 distinct timestamps"):
         temporal(np.repeat([5, 6], 50))
+    with pytest.raises(DataError, match="9 events with 1 distinct timestamps"):
+        temporal(np.full(9, 5))
     for fractions in ((0.8, 0.1, 0.2), (1.0, 0.0, 0.0), (1.2, -0.1, -0.1)):
         with pytest.raises(ConfigError, match="must be positive and sum to 1"):
             temporal(np.arange(10), fractions)
