@@ -1,9 +1,12 @@
 """The world behind the simulated catalogue: what items are like, what users like, and so the logit of every click.
 
-Shape letters: U users, I items, K dimensions of taste, V values of an attribute.
+No array holds all pairs of users and items: a logit is a product of a few numbers of each, made for a block of users
+when it is asked for.
+
+Shape letters: U users, B users of a block, I items, K dimensions of taste, V values of an attribute.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +16,13 @@ from torchrec_em3.datasets.simulated_texts import TEXT_ATTRIBUTES
 from torchrec_em3.errors import ConfigError
 
 __all__ = ["USER_FEATURES", "SimulatedOptions", "World", "draw_world"]
+
+# Pairs of users and items that are in memory at a time. Events are drawn block by block, so another number would draw
+# others in a catalogue that has more pairs than one block.
+_BLOCK_PAIRS = 1 << 23
+
+Part = Callable[[slice], np.ndarray]
+"""How much the users of a slice like each item for something, float64 [B, I]."""
 
 LATENT_DIM = 4
 TASTE_DIM = 2
@@ -42,7 +52,7 @@ class SimulatedOptions:
     """Items in the catalogue."""
 
     num_users: int = 1000
-    """Users; memory grows with users x items."""
+    """Users."""
 
     num_interactions: int = 90_000
     """Events, about: a user who has seen everything is shown nothing."""
@@ -109,20 +119,39 @@ class World:
     Attributes:
         values: For each visual and textual attribute, the value of each item [I], a position in its list of values.
         groups: For each user side feature, the group of each user [U].
-        logit_UI: Click logit without the bias, float32.
+        parts: What makes a logit, each with its weight.
+        logit_std: Standard deviation of the logit over all pairs.
+        blocks: The users, a block at a time.
         popularity_I: Exposure weight of each item, without the push for new ones.
         release_I: When an item appears, 0 to 1 of the time line.
     """
 
     values: Mapping[str, np.ndarray]
     groups: Mapping[str, np.ndarray]
-    logit_UI: np.ndarray
+    parts: Sequence[tuple[float, Part]]
+    logit_std: float
+    blocks: Sequence[slice]
     popularity_I: np.ndarray
     release_I: np.ndarray
 
+    def logits(self, users: slice) -> np.ndarray:
+        """Return the click logit, without the bias, of some users and all items, float32 [B, I]."""
+        logit_BI = sum(weight * part(users) for weight, part in self.parts) * self.logit_std
+        return np.asarray(logit_BI, dtype=np.float32)
 
-def _standardise(values: np.ndarray) -> np.ndarray:
-    return (values - values.mean()) / max(float(values.std()), 1e-12)
+
+def _standardise(part: Part, blocks: Sequence[slice]) -> Part:
+    """Return the part with mean 0 and standard deviation 1 over all pairs."""
+    seen, mean, variance = 0, 0.0, 0.0
+    for users in blocks:
+        value_BI = part(users)
+        share = value_BI.size / (seen + value_BI.size)
+        shift = value_BI.mean() - mean
+        variance += (value_BI.var() - variance) * share + shift**2 * share * (1 - share)
+        mean += shift * share
+        seen += value_BI.size
+    deviation = max(float(np.sqrt(variance)), 1e-12)
+    return lambda users: (part(users) - mean) / deviation
 
 
 def _draw_liking(
@@ -132,8 +161,8 @@ def _draw_liking(
     groups: Mapping[str, np.ndarray],
     users: int,
     rng: np.random.Generator,
-) -> np.ndarray:
-    """Return how much each user likes each item for its attributes [U, I], not scaled.
+) -> Part:
+    """Return how much each user likes each item for its attributes, not scaled.
 
     A user is a point in a few dimensions of taste, and so is each value of an attribute; a value is liked as far as the
     two point the same way. Side features move the user's point a little.
@@ -145,17 +174,25 @@ def _draw_liking(
             point_UK = np.sqrt(1 - share) * point_UK + np.sqrt(share) * shift
     # All users care equally much: else who clicks a lot would be most of what there is to learn about a new item.
     point_UK *= np.sqrt(TASTE_DIM) / np.linalg.norm(point_UK, axis=1, keepdims=True)
-    liking_UI = np.zeros((users, len(next(iter(values.values())))))
+    liked = []
     for name, choices in attributes.items():
         value_VK = rng.standard_normal((len(choices), TASTE_DIM))
         value_VK -= value_VK.mean(0)
         value_VK *= np.sqrt(WEIGHTS[name] / (value_VK**2).sum(1).mean())
-        liking_UI += (point_UK @ value_VK.T)[:, values[name]]
-    return liking_UI
+        liked.append((value_VK, values[name]))
+
+    def liking(users: slice) -> np.ndarray:
+        point_BK = point_UK[users]
+        liking_BI = np.zeros((len(point_BK), len(liked[0][1])))
+        for value_VK, value_I in liked:
+            liking_BI += (point_BK @ value_VK.T)[:, value_I]
+        return liking_BI
+
+    return liking
 
 
 def draw_world(options: SimulatedOptions) -> World:
-    """Draw catalogue, users and all click logits; the same options give the same world."""
+    """Draw catalogue, users and what makes click logits; the same options give the same world."""
     rng = np.random.default_rng([options.seed, 1])
     users, items = options.num_users, options.num_items
     attributes = VISUAL_ATTRIBUTES | TEXT_ATTRIBUTES
@@ -165,16 +202,19 @@ def draw_world(options: SimulatedOptions) -> World:
         "visual": _draw_liking("visual", VISUAL_ATTRIBUTES, values, groups, users, rng),
         "textual": _draw_liking("textual", TEXT_ATTRIBUTES, values, groups, users, rng),
     }
-    taste = rng.standard_normal((users, LATENT_DIM)) @ rng.standard_normal((LATENT_DIM, items))
-    hidden = np.sqrt(0.6) * _standardise(taste) + np.sqrt(0.4) * rng.standard_normal(items)
+    taste_UK, taste_KI = rng.standard_normal((users, LATENT_DIM)), rng.standard_normal((LATENT_DIM, items))
+    quality_I = rng.standard_normal(items)
+    size = max(1, _BLOCK_PAIRS // items)
+    blocks = [slice(start, min(start + size, users)) for start in range(0, users, size)]
+    taste = _standardise(lambda users: taste_UK[users] @ taste_KI, blocks)
+    parts["hidden"] = lambda users: np.sqrt(0.6) * taste(users) + np.sqrt(0.4) * quality_I
     shares = {
         "visual": options.visual,
         "textual": options.textual,
         "hidden": max(0.0, 1 - options.visual - options.textual),
     }
-    parts["hidden"] = hidden
-    logit_UI = sum(np.sqrt(share) * _standardise(parts[name]) for name, share in shares.items()) * options.logit_std
+    weighted = [(float(np.sqrt(share)), _standardise(parts[name], blocks)) for name, share in shares.items()]
     popularity_I = (1.0 + rng.permutation(items)) ** -options.zipf
     late = rng.random(items) >= options.first_release
     release_I = np.where(late, rng.random(items), 0.0)
-    return World(values, groups, logit_UI.astype(np.float32), popularity_I, release_I)
+    return World(values, groups, weighted, options.logit_std, blocks, popularity_I, release_I)

@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from torchrec_em3.components.encoders.image import EfficientNetEncoder, EfficientNetOptions
 from torchrec_em3.components.encoders.text import MiniLMEncoder, MiniLMOptions
+from torchrec_em3.datasets import simulated, simulated_world
 from torchrec_em3.datasets.raw import RawDataset
 from torchrec_em3.datasets.simulated import SimulatedOptions, simulate
 from torchrec_em3.datasets.simulated_exposure import _draw_items, draw_events
@@ -19,6 +20,7 @@ from torchrec_em3.datasets.simulated_texts import PHRASES, TEXT_ATTRIBUTES, writ
 from torchrec_em3.datasets.simulated_world import USER_FEATURES, draw_world
 from torchrec_em3.errors import ConfigError
 
+ALL = slice(None)
 TINY = SimulatedOptions(num_items=60, num_users=40, num_interactions=1500, seed=3, image_size=32)
 
 
@@ -28,7 +30,7 @@ def default_events() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     options = SimulatedOptions()
     world = draw_world(options)
     events = draw_events(world, options)
-    return events.user_E, events.item_E, events.time_E, world.logit_UI[events.user_E, events.item_E]
+    return events.user_E, events.item_E, events.time_E, events.logit_E
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +61,13 @@ def test_a_seed_is_a_data_set(tmp_path: Path) -> None:
 def test_the_default_has_its_size_and_form(raw: RawDataset) -> None:
     assert len(raw.items.item_id) == len(set(raw.items.item_id)) == 1200
     assert 89_000 < len(raw.rating) <= 90_000
-    assert 990 <= len(set(raw.user_id)) <= 1000
-    assert set(raw.item_id) <= set(raw.items.item_id)
+    assert 990 <= len(set(raw.user_id.tolist())) <= 1000
+    assert set(raw.item_id.tolist()) <= set(raw.items.item_id.tolist())
     assert (np.diff(raw.timestamp) >= 0).all()
     assert set(np.unique(raw.rating)) == {0.0, 1.0}
-    assert len(set(zip(raw.user_id, raw.item_id, strict=True))) == len(raw.rating), "an item is shown once to a user"
+    assert len(set(zip(raw.user_id.tolist(), raw.item_id.tolist(), strict=True))) == len(raw.rating), (
+        "an item is shown once to a user"
+    )
     assert set(raw.user_features) == set(USER_FEATURES)
     assert all(len(values) == 1000 for values in raw.user_features.values())
 
@@ -109,34 +113,67 @@ def test_shown_items_are_liked_more_than_chance() -> None:
     world = draw_world(SimulatedOptions())
     user_E, item_E, _, logit_E = default_events()
     any_user = np.random.default_rng(0).permutation(user_E)
-    assert logit_E.mean() > world.logit_UI[any_user, item_E].mean() + 0.5
+    assert logit_E.mean() > world.logits(ALL)[any_user, item_E].mean() + 0.5
 
 
 def test_exposure_without_liking_is_independent_of_it() -> None:
     options = SimulatedOptions(exposure_share=0.0)
     world = draw_world(options)
     events = draw_events(world, options)
-    other = world.logit_UI[np.random.default_rng(0).permutation(events.user_E), events.item_E]
-    assert world.logit_UI[events.user_E, events.item_E].mean() == pytest.approx(other.mean(), abs=0.03)
+    other = world.logits(ALL)[np.random.default_rng(0).permutation(events.user_E), events.item_E]
+    assert events.logit_E.mean() == pytest.approx(other.mean(), abs=0.03)
 
 
 @pytest.mark.parametrize(("visual", "textual"), [(0.45, 0.35), (1.0, 0.0), (0.0, 0.0), (0.9, 0.1)])
 def test_the_shares_of_the_logit_are_as_asked(visual: float, textual: float) -> None:
     world = draw_world(SimulatedOptions(num_items=600, num_users=400, visual=visual, textual=textual))
-    assert world.logit_UI.std() == pytest.approx(1.5, abs=0.1)
+    logit_UI = world.logits(ALL)
+    assert logit_UI.std() == pytest.approx(1.5, abs=0.1)
     for attributes, share in ((VISUAL_ATTRIBUTES, visual), (TEXT_ATTRIBUTES, textual)):
         one_hot = np.concatenate([np.eye(len(attributes[name]))[world.values[name]] for name in attributes], axis=1)
-        fitted = one_hot @ np.linalg.lstsq(one_hot, world.logit_UI.T, rcond=None)[0]
+        fitted = one_hot @ np.linalg.lstsq(one_hot, logit_UI.T, rcond=None)[0]
         by_chance = one_hot.shape[1] / 600
-        assert fitted.var() / world.logit_UI.var() == pytest.approx(share, abs=by_chance + 0.05)
+        assert fitted.var() / logit_UI.var() == pytest.approx(share, abs=by_chance + 0.05)
 
 
 def test_side_features_say_a_little_about_taste() -> None:
     world = draw_world(SimulatedOptions())
     labels = USER_FEATURES["age_group"][1]
-    by_group = np.stack([world.logit_UI[world.groups["age_group"] == group].mean(0) for group in range(len(labels))])
-    share = by_group.var(0).mean() / world.logit_UI.var()
+    logit_UI = world.logits(ALL)
+    by_group = np.stack([logit_UI[world.groups["age_group"] == group].mean(0) for group in range(len(labels))])
+    share = by_group.var(0).mean() / logit_UI.var()
     assert 0.01 < share < 0.15
+
+
+def test_users_in_blocks_are_the_same_world_with_events_of_the_same_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = SimulatedOptions(num_items=200, num_users=150, num_interactions=8000)
+    world = draw_world(options)
+    whole, logit_UI = draw_events(world, options), world.logits(ALL)
+    monkeypatch.setattr(simulated_world, "_BLOCK_PAIRS", 40 * options.num_items)
+    blocks = draw_world(options)
+    assert [(users.start, users.stop) for users in blocks.blocks] == [(0, 40), (40, 80), (80, 120), (120, 150)]
+    assert np.concatenate([blocks.logits(users) for users in blocks.blocks]) == pytest.approx(logit_UI, abs=1e-5)
+    assert np.array_equal(blocks.release_I, world.release_I)
+    events = draw_events(blocks, options)
+    assert len(events.user_E) == pytest.approx(len(whole.user_E), rel=0.02)
+    assert (np.diff(events.time_E) >= 0).all()
+    assert (events.time_E >= world.release_I[events.item_E]).all()
+    assert len(set(zip(events.user_E.tolist(), events.item_E.tolist(), strict=True))) == len(events.user_E)
+    assert events.logit_E == pytest.approx(logit_UI[events.user_E, events.item_E], abs=1e-5)
+    shares = np.bincount(events.user_E // 40) / len(events.user_E)
+    assert shares == pytest.approx([40 / 150] * 3 + [30 / 150], abs=0.02)
+    assert events.logit_E.mean() == pytest.approx(whole.logit_E.mean(), abs=0.1)
+
+
+def test_chances_of_a_few_events_at_a_time_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = SimulatedOptions(click_rate=0.3)
+    logit_E = np.random.default_rng(0).normal(size=500).astype(np.float32)
+    click_E, probability_E = simulated._draw_clicks(logit_E, options)
+    assert probability_E.mean() == pytest.approx(0.3, abs=1e-5)
+    monkeypatch.setattr(simulated, "_CHUNK", 37)
+    few_click_E, few_probability_E = simulated._draw_clicks(logit_E, options)
+    assert few_probability_E == pytest.approx(probability_E, abs=1e-6)
+    assert np.array_equal(few_click_E, click_E)
 
 
 def test_draws_are_distinct_and_follow_the_weights() -> None:
