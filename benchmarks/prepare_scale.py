@@ -1,70 +1,51 @@
-"""How much memory and time `em3 prepare` takes for many events.
+"""How much memory and time `em3 prepare simulated` takes for many events.
 
-    OMP_NUM_THREADS=1 python benchmarks/prepare_scale.py [--num_events 5000000] [--num_users 500000]
+    OMP_NUM_THREADS=1 python benchmarks/prepare_scale.py [--num_events 50000000] [--num_users 200000] [--num_items 500]
 
-Makes events of users who are equally active on items that are Zipf distributed, and checks and prepares them without
-encoders. Prints the peak resident memory of the process after each stage; what a stage adds is what it held beyond all
-stages before.
+Runs the command as a process of its own, without encoders, and prints its events, the largest resident memory that it
+had, and its time. The folder that it writes is opened, read whole and compared with its hash, then removed.
 """
 
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 from jsonargparse import auto_cli
 
-from torchrec_em3.datasets.checks import check_raw
-from torchrec_em3.datasets.prepare import PrepareOptions, prepare
-from torchrec_em3.datasets.raw import RawDataset, RawItems
-
-ZIPF_EXPONENT = 1.1
-ID_TYPE = "U10"
-"""Ids of ten characters, as Amazon's items have; numpy keeps 4 bytes a character."""
+from torchrec_em3.datasets.prepared import PreparedData
 
 
-def main(num_events: int = 5_000_000, num_users: int = 500_000, num_items: int = 100_000) -> None:
-    """Print a line for the raw events, one for the checks and one for the whole of prepare, which checks again.
+def main(num_events: int = 50_000_000, num_users: int = 200_000, num_items: int = 500, folder: str = "") -> None:
+    """Print two lines: what was prepared, and what it took.
 
     Args:
-        num_events: Events.
-        num_users: Users, equally active.
+        num_events: Events, about: a user who has seen everything is shown nothing.
+        num_users: Users.
         num_items: Items of the catalogue.
+        folder: Where the temporary folder is made; the system's if not given.
     """
-    raw = make_events(num_events, num_users, num_items)
-    columns = (raw.user_id, raw.item_id, raw.rating, raw.timestamp)
-    held = sum(column.nbytes for column in columns) / num_events
-    print(f"{num_events} raw events of {held:.0f} bytes: peak {peak_gib():.2f} GiB", flush=True)
-    check_raw(raw)
-    print(f"checked: peak {peak_gib():.2f} GiB", flush=True)
-    options = PrepareOptions(label_threshold=None, text_encoder="none", image_encoder="none")
-    with tempfile.TemporaryDirectory() as folder:
+    sizes = {"num_interactions": num_events, "num_users": num_users, "num_items": num_items, "image_size": 32}
+    with tempfile.TemporaryDirectory(dir=folder or None) as temporary:
+        data = Path(temporary) / "data"
+        command = [sys.executable, "-m", "torchrec_em3", "prepare", "simulated", "--out", str(data)]
+        command += ["--text_encoder", "none", "--image_encoder", "none"]
+        command += [f"--catalogue.{name}={size}" for name, size in sizes.items()]
         started = time.perf_counter()
-        prepare(raw, Path(folder) / "data", options)
+        subprocess.run(command, check=True)
         seconds = time.perf_counter() - started
-    print(f"prepared in {seconds:.1f} s, {num_events / seconds:,.0f} events/s: peak {peak_gib():.2f} GiB")
-
-
-def make_events(num_events: int, num_users: int, num_items: int) -> RawDataset:
-    """Return events in time order."""
-    random = np.random.default_rng(0)
-    users, items = (np.arange(count).astype(ID_TYPE) for count in (num_users, num_items))
-    empty = np.full(num_items, "")
-    return RawDataset(
-        name="synthetic",
-        user_id=users[random.integers(0, num_users, num_events, np.int32)],
-        item_id=items[random.zipf(ZIPF_EXPONENT, num_events) % num_items],
-        rating=random.integers(0, 2, num_events, np.int8).astype(np.float32),
-        timestamp=np.arange(num_events, dtype=np.int64),
-        items=RawItems(items, items, empty, empty, empty),
-        image_root=Path(),
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        prepared = PreparedData.open(data)
+        prepared.verify()
+        events = prepared.meta["counts"]["interactions"]
+        written = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
+    print(f"{events:,} events, {written / 2**30:.2f} GiB written and verified")
+    print(
+        f"peak {used.ru_maxrss / 2**20:.2f} GiB resident; {seconds:,.0f} s, "
+        f"{used.ru_utime + used.ru_stime:,.0f} s of them on a processor"
     )
-
-
-def peak_gib() -> float:
-    """Return the largest resident memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024.0**2
 
 
 if __name__ == "__main__":
