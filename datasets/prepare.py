@@ -269,6 +269,9 @@ def _write_tokens(
     described = {}
     for modality, (name, encoder) in encoders.items():
         values = items[modality].to_pylist()
+        if not any(values):
+            logger.warning("%s: the catalogue names none; left out, so no model on this data will read any", modality)
+            continue
         inputs = values if modality == "text" else [raw.image_root / value if value else None for value in values]
         tokens, cut = folder / "tokens" / modality, getattr(options, f"{modality}_cut")
         counts = write_tokens(tokens, encoder, inputs, options.encode_batch_size, cut)

@@ -201,6 +201,16 @@ def test_unusable_modalities_are_counted_and_masked(tmp_path: Path) -> None:
     data.verify()
 
 
+def test_a_modality_that_no_item_has_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    raw = make_raw()
+    raw = replace(raw, items=replace(raw.items, image=np.full(len(raw.items.image), "", dtype=object)))
+    meta = prepare(raw, tmp_path / "data", PrepareOptions(**TINY_ENCODERS))
+    assert list(meta["modalities"]) == ["text"]
+    assert not (tmp_path / "data" / "tokens" / "image").exists()
+    assert "image: the catalogue names none; left out" in caplog.text
+    PreparedData.open(tmp_path / "data").verify()
+
+
 def test_wider_tokens_are_reduced(tmp_path: Path) -> None:
     options = PrepareOptions(text_encoder="tiny_text", image_encoder="none", token_dim=5)
     meta = prepare(make_raw(), tmp_path / "data", options)
