@@ -45,9 +45,14 @@ class Budget:
     dense_bytes: int
     reserved_share: float = RESERVED_SHARE
 
+    @property
+    def fixed_bytes(self) -> int:
+        """What is taken off a rank's memory in bytes, whatever memory it has."""
+        return self.bank_bytes + self.dense_bytes
+
     def as_dict(self) -> dict[str, Any]:
-        """Return the attributes by name."""
-        return asdict(self)
+        """Return the attributes by name, and their sum as `fixed_bytes`."""
+        return {**asdict(self), "fixed_bytes": self.fixed_bytes}
 
 
 def model_budget(model: nn.Module, world_size: int) -> Budget:
@@ -91,7 +96,7 @@ class BudgetReservation(FixedPercentageStorageReservation):
     ) -> Topology:
         """Return `topology` with what is left for tables."""
         left = super().reserve(topology, batch_size, module, sharders, dict(constraints or {}))
-        fixed = self.budget.bank_bytes + self.budget.dense_bytes
+        fixed = self.budget.fixed_bytes
         for device in left.devices:
             device.storage.ddr = int((1 - self.budget.reserved_share) * device.storage.ddr)
             if topology.compute_device == "cuda":

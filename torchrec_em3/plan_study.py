@@ -117,7 +117,7 @@ def summary(plan: Mapping[str, Any]) -> dict[str, Any]:
         ranks, budget = plan["ranks"], plan["budget"]
         slowest = max(ranks, key=lambda rank: rank["perf_ms"])
         most = {load: max(rank[load] for rank in ranks) for load in LOADS} | {time: slowest[time] for time in TIMES}
-        most["hbm_bytes" if plan["device"] == "cuda" else "ddr_bytes"] += budget["bank_bytes"] + budget["dense_bytes"]
+        most["hbm_bytes" if plan["device"] == "cuda" else "ddr_bytes"] += budget["fixed_bytes"]
     kinds = {f"{table['sharding_type']}, {table['compute_kernel']}" for table in plan["tables"]}
     return {
         "fits": plan["fits"],

@@ -13,6 +13,7 @@ from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.errors import DataError
 from torchrec_em3.item_attention import ItemAttention
 from torchrec_em3.number_format import FILTERS
+from torchrec_em3.plan_measured import MEASURED_NOTE
 from torchrec_em3.plots import dot_outline
 from torchrec_em3.report_ablation import ablations
 from torchrec_em3.report_alignment import alignment_histograms
@@ -106,6 +107,7 @@ def write_report(
             sheet=contact_sheet(records, data, images),
             attention=_attention(attention, images),
             plans=plans(records),
+            measured_note=MEASURED_NOTE,
             data=data_summaries(data),
             unread=unread,
             differences=config_differences(records),

@@ -9,7 +9,7 @@ from torchrec_em3.config import Config
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.id_tables import with_id_tables
 from torchrec_em3.parsing import CommandParser, parse_config
-from torchrec_em3.plan_measured import measured_table
+from torchrec_em3.plan_measured import read_measured
 from torchrec_em3.plan_page import to_html, to_markdown
 from torchrec_em3.plan_study import DEFAULT_TOKENS, planned_schema, study
 from torchrec_em3.plan_tables import Table
@@ -34,9 +34,7 @@ def main(arguments: Sequence[str]) -> None:
     plans = study(schema, config, clusters)
     print("\n\n".join(to_text(plan) for plan in plans))
     if values.out:
-        _write(
-            Path(values.out), plans, _facts(schema, config), measured_table(Path(config.run)) if config.run else None
-        )
+        _write(Path(values.out), plans, _facts(schema, config), read_measured(Path(config.run)) if config.run else None)
         print(f"wrote {values.out}")
     if not any(plan["fits"] for plan in plans):
         raise ConfigError(f"no sharding plan fits {', '.join(cluster.label for cluster in clusters)}; see above")
