@@ -1,6 +1,5 @@
 """From a config to data, model and sharded model: the steps that training, evaluation and planning share."""
 
-import dataclasses
 from pathlib import Path
 
 import psutil
@@ -61,8 +60,7 @@ def build_model(config: Config, data: PreparedData) -> EM3Model:
     with torch.random.fork_rng(devices=[]):
         encoders = build_suffixes(config.model.encoders, data.meta["modalities"], config.data)
     if encoders is not None:
-        read = tuple(encoders.outputs.get(modality.name, modality) for modality in schema.modalities)
-        schema = dataclasses.replace(schema, modalities=read)
+        schema = encoders.read_schema(schema)
     tokens = TokenStore(data.tokens_folder)
     return EM3Model(schema, config, tokens, codes=codes, encoders=encoders, raw_item_ids=raw_ids)
 

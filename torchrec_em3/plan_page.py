@@ -21,7 +21,14 @@ TEMPLATES = Path(__file__).parent / "templates"
 MAX_BARS = 16
 SAME_LOAD = 0.005
 """Neighbours whose loads differ by less, relatively, share a bar."""
-MEMORY_PARTS = (("tables", 1), ("content bank", 2), ("dense parts", 3), ("left to activations", 0))
+MEMORY_PARTS = (
+    ("tables", 1),
+    ("content bank", 2),
+    ("dense parts", 3),
+    ("encoders", 4),
+    ("maps of raw ids", 5),
+    ("left to activations", 0),
+)
 """What the memory of a rank is made of, and the colour of each part."""
 NOTE = (
     "TorchRec's estimates: memory of weights, optimizer state, inputs and outputs; time of a step's lookups and "
@@ -81,13 +88,19 @@ def to_html(plans: Sequence[Mapping[str, Any]], facts: Mapping[str, str], measur
         measured=measured,
         measured_note=MEASURED_NOTE,
         charts=_charts([(plan["cluster"]["label"], plan, _largest(plan)) for plan in plans]),
-        memory_parts=MEMORY_PARTS,
+        memory_parts=[part for part in MEMORY_PARTS if any(_has_part(plan, part[0]) for plan in plans)],
         time_parts=[(name, series) for series, name in enumerate(TIME_PARTS, 1)],
     )
 
 
 def _title(plans: Sequence[Mapping[str, Any]]) -> str:
     return "Sharding plan for " + ", ".join(plan["cluster"]["label"] for plan in plans)
+
+
+def _has_part(plan: Mapping[str, Any], part: str) -> bool:
+    """Return whether the legend has to name a part of the memory; those that few models have are left out."""
+    rare = {"encoders": "encoder_bytes", "maps of raw ids": "id_map_bytes"}
+    return part not in rare or plan["budget"][rare[part]] > 0
 
 
 def _largest(plan: Mapping[str, Any]) -> dict[str, float]:
@@ -152,7 +165,8 @@ def _memory(plan: Mapping[str, Any], load: Mapping[str, float], kind: str) -> fl
 
 def _memory_stack(name: str, plan: Mapping[str, Any], load: Mapping[str, float], kind: str) -> Stack:
     budget, capacity = plan["budget"], plan["memory_bytes"][kind]
-    fixed = (budget["bank_bytes"], budget["dense_bytes"]) if fixed_bytes(plan, kind) else (0, 0)
+    kinds = ("bank", "dense", "encoder", "id_map")
+    fixed = [budget[f"{part}_bytes"] if fixed_bytes(plan, kind) else 0 for part in kinds]
     values = (load[f"{kind}_bytes"], *fixed, budget["reserved_share"] * capacity)
     parts = [
         Part(part, series, value, part == MEMORY_PARTS[-1][0])

@@ -88,8 +88,12 @@ def budget_sentence(plan: Mapping[str, Any]) -> str:
     parts = [f"{format_bytes(budget['dense_bytes'])} of dense parameters with gradients and Adam's state"]
     if budget["bank_bytes"]:
         parts.insert(0, f"{format_bytes(budget['bank_bytes'])} of the content bank")
+    if budget["encoder_bytes"]:
+        parts.append(f"{format_bytes(budget['encoder_bytes'])} of encoders")
+    if budget["id_map_bytes"]:
+        parts.append(f"{format_bytes(budget['id_map_bytes'])} of maps from raw ids")
     kept = f"{100 * budget['reserved_share']:.0f}% of the memory is left to activations"
-    return f"Besides tables a rank holds {' and '.join(parts)}; {kept}."
+    return f"Besides tables a rank holds {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}; {kept}."
 
 
 def lack(plan: Mapping[str, Any], most: Mapping[str, Any]) -> str:
