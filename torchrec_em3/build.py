@@ -1,7 +1,5 @@
 """From a config to data, model and sharded model: the steps that training, evaluation and planning share."""
 
-from pathlib import Path
-
 import psutil
 import torch
 
@@ -9,6 +7,7 @@ from torchrec_em3.config import Config
 from torchrec_em3.datasets.codes import CodeStore
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.datasets.raw_ids import item_ids
+from torchrec_em3.datasets.remote_folder import local_folder
 from torchrec_em3.datasets.tokens import TokenStore
 from torchrec_em3.encoder_suffixes import build_suffixes, check_bfloat16
 from torchrec_em3.errors import ConfigError
@@ -32,7 +31,7 @@ def open_data(config: Config) -> PreparedData:
     """
     if not config.data:
         raise ConfigError("no data folder: give --data DIR, a folder written by `em3 prepare`")
-    data = PreparedData.open(Path(config.data))
+    data = PreparedData.open(local_folder(config.data))
     codes = data.meta.get("codes", {})
     if config.uses_code_features and not codes:
         raise ConfigError(
