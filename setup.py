@@ -64,6 +64,7 @@ setup(
         "pyyaml",
         "scipy",
         "psutil",
+        "fsspec",
     ],
     extras_require={
         "launch": ["torchx>=0.7,<0.8"],

@@ -18,6 +18,9 @@ from torchrec_em3.schema import FeatureSchema
 
 __all__ = ["ItemEmbedding", "ItemRows", "Precision", "UserEmbedding", "UserIdEmbedding"]
 
+RAW_ID_BYTES = 8
+"""A raw id is int64."""
+
 Precision = Literal["fp32", "fp16", "bf16"]
 """How the numbers of a table are stored; what comes out of a lookup is float32."""
 
@@ -169,6 +172,8 @@ class ItemEmbedding(nn.Module):
         rows = schema.known_items + 1 if self._ids.kind == "fixed" else self._ids.rows
         self.table_names = ["item_table"]
         self.num_parameters = dim * rows
+        # Of every catalogue row, here or, in a model that is never run, when it will run.
+        self.raw_id_bytes = 0 if self._ids.kind == "fixed" else RAW_ID_BYTES * schema.item_rows
         self.register_buffer("_raw_ids", raw_ids, persistent=False)
         tables = _sequence_table("item_table", [TARGET, HISTORY], rows, dim, device, precision)
         self.tables = manage(tables, self._ids, device) if self._ids.kind == "managed" else tables

@@ -53,6 +53,12 @@ class ManagedIds(MCHManagedCollisionModule):
     of the step's ids: TorchRec's keeps the size of the first step's, drops what is more, and is not in a checkpoint.
     """
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the map for each row: its id, the row's number and what the eviction policy knows of it."""
+        per_row = self._mch_sorted_raw_ids, self._mch_remapped_ids_mapping, *self._mch_metadata.values()
+        return sum(values.element_size() for values in per_row)
+
     def _init_buffers(self) -> None:
         super()._init_buffers()
         self._mch_remapped_ids_mapping.copy_(self._mch_remapped_ids_mapping.roll(-1))

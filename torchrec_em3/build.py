@@ -1,8 +1,5 @@
 """From a config to data, model and sharded model: the steps that training, evaluation and planning share."""
 
-import dataclasses
-from pathlib import Path
-
 import psutil
 import torch
 
@@ -10,6 +7,7 @@ from torchrec_em3.config import Config
 from torchrec_em3.datasets.codes import CodeStore
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.datasets.raw_ids import item_ids
+from torchrec_em3.datasets.remote_folder import local_folder
 from torchrec_em3.datasets.tokens import TokenStore
 from torchrec_em3.encoder_suffixes import build_suffixes, check_bfloat16
 from torchrec_em3.errors import ConfigError
@@ -33,7 +31,7 @@ def open_data(config: Config) -> PreparedData:
     """
     if not config.data:
         raise ConfigError("no data folder: give --data DIR, a folder written by `em3 prepare`")
-    data = PreparedData.open(Path(config.data))
+    data = PreparedData.open(local_folder(config.data))
     codes = data.meta.get("codes", {})
     if config.uses_code_features and not codes:
         raise ConfigError(
@@ -61,8 +59,7 @@ def build_model(config: Config, data: PreparedData) -> EM3Model:
     with torch.random.fork_rng(devices=[]):
         encoders = build_suffixes(config.model.encoders, data.meta["modalities"], config.data)
     if encoders is not None:
-        read = tuple(encoders.outputs.get(modality.name, modality) for modality in schema.modalities)
-        schema = dataclasses.replace(schema, modalities=read)
+        schema = encoders.read_schema(schema)
     tokens = TokenStore(data.tokens_folder)
     return EM3Model(schema, config, tokens, codes=codes, encoders=encoders, raw_item_ids=raw_ids)
 

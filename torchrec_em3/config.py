@@ -252,7 +252,7 @@ class Config:
     """One training run."""
 
     data: str = ""
-    """Prepared folder (see `em3 prepare`)."""
+    """Prepared folder (see `em3 prepare`), or its fsspec URL such as s3://bucket/data."""
     run: str = ""
     """Run folder to write; under torchrun say --run_folder, because torchrun takes --run for an option of its own."""
     seed: int = 0

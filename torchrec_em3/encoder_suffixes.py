@@ -4,6 +4,7 @@ Shape letters: U items, K of them that have the modality, P stored rows of an it
 D width of a token.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchrec_em3.components.encoders.adapters import adapt_layers
 from torchrec_em3.config import EncodersConfig, EncoderTraining
 from torchrec_em3.datasets.encoder_record import rebuild_encoder
 from torchrec_em3.errors import ConfigError
-from torchrec_em3.schema import ModalitySpec
+from torchrec_em3.schema import FeatureSchema, ModalitySpec
 
 __all__ = ["EncoderSuffixes", "build_suffixes", "check_bfloat16", "select_trained"]
 
@@ -49,6 +50,11 @@ class EncoderSuffixes(nn.Module):
         """Stay in evaluation mode."""
         super().train(False)
         return self
+
+    def read_schema(self, stored: FeatureSchema) -> FeatureSchema:
+        """Return the schema of a token store with its modalities as the tower reads them."""
+        read = tuple(self.outputs.get(modality.name, modality) for modality in stored.modalities)
+        return dataclasses.replace(stored, modalities=read)
 
     def forward(self, stored: Mapping[str, ModalityTokens]) -> dict[str, ModalityTokens]:
         """Return the tokens of the same items as the tower reads them."""

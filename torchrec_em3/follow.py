@@ -93,7 +93,7 @@ class Follower:
         self._saver = CheckpointSaver(
             self.checkpoints, ranks, background=options.async_checkpoints, keep=options.keep_checkpoints
         )
-        self._steps = TrainingSteps(sharded, ranks, self._saver, options.step_timeout)
+        self._steps = TrainingSteps(run, sharded, ranks, self._saver, options.step_timeout)
         self._log = RunLog(run, ranks.is_first)
 
     def start_from(self, run: Path) -> None:

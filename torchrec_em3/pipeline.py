@@ -1,5 +1,6 @@
 """One training step after another, the ids of the next batch travelling while the present one is computed."""
 
+import time
 from collections.abc import Iterator
 
 import torch
@@ -28,6 +29,11 @@ class CheckedPipeline(TrainPipelineBase[PendingBatch, Output]):
     model, and it cannot trace a content path that depends on data.
 
     Every rank learns of a bad loss, of a request to stop or of a lost checkpoint on any rank in the same step.
+
+    Attributes:
+        stop_requested: Whether this rank is asked to stop.
+        stop_agreed: Whether all ranks know that one is.
+        loading_seconds: Time that the last step waited for batches.
     """
 
     def __init__(self, sharded: ShardedModel, ranks: Ranks, saver: CheckpointSaver | None = None) -> None:
@@ -36,15 +42,19 @@ class CheckedPipeline(TrainPipelineBase[PendingBatch, Output]):
         self._next: PendingBatch | None = None
         self.stop_requested = False
         self.stop_agreed = False
+        self.loading_seconds = 0.0
 
     def progress(self, dataloader_iter: Iterator[Batch]) -> Output:
         """Train on the next batch, and take its result into the running average of the weights."""
+        self.loading_seconds = 0.0
         output = super().progress(dataloader_iter)
         self._sharded.average.update(self._sharded.model.step)
         return output
 
     def _next_batch(self, dataloader_iter: Iterator[Batch]) -> PendingBatch | None:
+        started = time.perf_counter()
         batch = super()._next_batch(dataloader_iter)
+        self.loading_seconds += time.perf_counter() - started
         with self._stream_context(self._memcpy_stream):
             self._next = None if batch is None else self._sharded.model.ask(batch.to(self._device, non_blocking=True))
         return self._next

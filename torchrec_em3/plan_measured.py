@@ -1,55 +1,44 @@
-"""What a trained run took, beside what was planned for it."""
+"""What the ranks of a trained run took, beside what was planned for them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchrec_em3.number_format import three_digits
 from torchrec_em3.plan_tables import Table
-from torchrec_em3.plan_text import format_bytes
+from torchrec_em3.plan_text import measured_rows
 
-__all__ = ["measured_table"]
+__all__ = ["MEASURED_NOTE", "measured_table", "read_measured"]
+
+MEASURED_NOTE = (
+    "Tables: weights and optimizer state of a rank's shards, as planned and as held. Memory: planned are tables with "
+    "their inputs and outputs, and what a rank holds besides them; the peak of host memory is that of the whole "
+    "process, with Python, its libraries and data. Times: planned are those of the tables alone; measured are medians "
+    "of the steps since the last start, waiting for data and the rest apart, and the processor time of a step."
+)
 
 
-def measured_table(run: Path) -> Table | None:
-    """Compare the plan that a run was trained by with what its summary recorded.
+def measured_table(plan: Mapping[str, Any], name: str) -> Table | None:
+    """Return a row for each rank of a run, or for the slowest of many.
 
     Args:
-        run: Run folder of `em3 train`.
+        plan: A run's `plan.json`.
+        name: What the run is called.
 
     Returns:
-        Memory and time of a rank; None if the folder holds no finished run with a plan, or the run used CUDA, where a
-        summary says nothing of the memory of the device.
+        None if the run has not ended yet, or had no tables to plan.
     """
-    plan, summary = _load(run / "plan.json"), _load(run / "summary.json")
-    peak, cost = summary.get("peak_rss_bytes"), summary.get("cpu_seconds_per_1k")
-    budget = plan.get("budget")
-    if not budget or not plan["ranks"] or plan["device"] != "cpu" or not peak or not cost:
+    if not plan.get("measured") or not plan.get("budget"):
         return None
-    planned = max(rank["ddr_bytes"] for rank in plan["ranks"]) + budget["bank_bytes"] + budget["dense_bytes"]
-    tables_ms = max(rank["perf_ms"] for rank in plan["ranks"])
-    # Seconds for 1,000 rows times the rows of a step are milliseconds a step.
-    step_ms = cost * plan["batch_size"]
-    rows = [
-        ["memory of a rank, planned", "tables, content bank and dense parts of the fullest", format_bytes(planned)],
-        [
-            "memory of a rank, measured",
-            "peak of the largest process: Python, libraries and data too",
-            format_bytes(peak),
-        ],
-        ["time of a step, planned", "lookups and exchanges of the slowest", f"{three_digits(tables_ms)} ms"],
-        [
-            "time of a step, measured",
-            "processor time, mean: dense layers and loading too",
-            f"{three_digits(step_ms)} ms",
-        ],
-    ]
-    return Table(f"Planned and measured in {run.name}", ["of a rank", "what it covers", "amount"], rows, words=2)
+    head, *rows = measured_rows(plan)
+    padded = [[*row, *[""] * (len(head) - len(row))] for row in rows]
+    return Table(f"Planned and measured in {name}", head, padded)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_measured(run: Path) -> Table | None:
+    """Return the table of a run folder; None if there is no run in it, or one that has not ended."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return measured_table(plan, run.name) if isinstance(plan, dict) else None

@@ -11,8 +11,9 @@ import numpy as np
 from torchrec_em3 import __version__
 from torchrec_em3.number_format import three_digits
 from torchrec_em3.plan_chart import Part, Stack, stacked_bars
+from torchrec_em3.plan_measured import MEASURED_NOTE
 from torchrec_em3.plan_tables import TIME_PARTS, Table, comparison_table, plan_tables, verdict
-from torchrec_em3.plan_text import format_bytes, to_text
+from torchrec_em3.plan_text import fixed_bytes, format_bytes, to_text
 
 __all__ = ["to_html", "to_markdown"]
 
@@ -20,7 +21,14 @@ TEMPLATES = Path(__file__).parent / "templates"
 MAX_BARS = 16
 SAME_LOAD = 0.005
 """Neighbours whose loads differ by less, relatively, share a bar."""
-MEMORY_PARTS = (("tables", 1), ("content bank", 2), ("dense parts", 3), ("left to activations", 0))
+MEMORY_PARTS = (
+    ("tables", 1),
+    ("content bank", 2),
+    ("dense parts", 3),
+    ("encoders", 4),
+    ("maps of raw ids", 5),
+    ("left to activations", 0),
+)
 """What the memory of a rank is made of, and the colour of each part."""
 NOTE = (
     "TorchRec's estimates: memory of weights, optimizer state, inputs and outputs; time of a step's lookups and "
@@ -45,7 +53,7 @@ def to_markdown(plans: Sequence[Mapping[str, Any]], facts: Mapping[str, str], me
         for table in plan_tables(plan):
             lines += ["", f"### {table.title}", *_markdown_table(table)]
     if measured is not None:
-        lines += ["", f"## {measured.title}", *_markdown_table(measured)]
+        lines += ["", f"## {measured.title}", *_markdown_table(measured), "", MEASURED_NOTE]
     return "\n".join(lines) + "\n"
 
 
@@ -78,14 +86,21 @@ def to_html(plans: Sequence[Mapping[str, Any]], facts: Mapping[str, str], measur
         sections=sections,
         comparison=comparison_table(plans),
         measured=measured,
+        measured_note=MEASURED_NOTE,
         charts=_charts([(plan["cluster"]["label"], plan, _largest(plan)) for plan in plans]),
-        memory_parts=MEMORY_PARTS,
+        memory_parts=[part for part in MEMORY_PARTS if any(_has_part(plan, part[0]) for plan in plans)],
         time_parts=[(name, series) for series, name in enumerate(TIME_PARTS, 1)],
     )
 
 
 def _title(plans: Sequence[Mapping[str, Any]]) -> str:
     return "Sharding plan for " + ", ".join(plan["cluster"]["label"] for plan in plans)
+
+
+def _has_part(plan: Mapping[str, Any], part: str) -> bool:
+    """Return whether the legend has to name a part of the memory; those that few models have are left out."""
+    rare = {"encoders": "encoder_bytes", "maps of raw ids": "id_map_bytes"}
+    return part not in rare or plan["budget"][rare[part]] > 0
 
 
 def _largest(plan: Mapping[str, Any]) -> dict[str, float]:
@@ -95,7 +110,7 @@ def _largest(plan: Mapping[str, Any]) -> dict[str, float]:
     loads = dict.fromkeys(("hbm_bytes", "ddr_bytes", *TIME_PARTS.values()), 0.0)
     if plan["shortages"]:
         nearest = plan["shortages"][0]
-        loads[f"{nearest['memory']}_bytes"] = nearest["need_bytes"] - _fixed(plan, nearest["memory"])
+        loads[f"{nearest['memory']}_bytes"] = nearest["need_bytes"] - fixed_bytes(plan, nearest["memory"])
     return loads
 
 
@@ -103,11 +118,6 @@ def _most(ranks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     slowest = max(ranks, key=lambda rank: rank["perf_ms"])
     memory = {key: max(rank[key] for rank in ranks) for key in ("hbm_bytes", "ddr_bytes")}
     return {**memory, **{key: slowest[key] for key in TIME_PARTS.values()}}
-
-
-def _fixed(plan: Mapping[str, Any], kind: str) -> int:
-    here = kind == ("hbm" if plan["device"] == "cuda" else "ddr")
-    return plan["budget"]["bank_bytes"] + plan["budget"]["dense_bytes"] if here else 0
 
 
 def _rank_blocks(plan: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], dict[str, float]]]:
@@ -150,12 +160,13 @@ def _milliseconds(value: float) -> str:
 
 
 def _memory(plan: Mapping[str, Any], load: Mapping[str, float], kind: str) -> float:
-    return load[f"{kind}_bytes"] + _fixed(plan, kind)
+    return load[f"{kind}_bytes"] + fixed_bytes(plan, kind)
 
 
 def _memory_stack(name: str, plan: Mapping[str, Any], load: Mapping[str, float], kind: str) -> Stack:
     budget, capacity = plan["budget"], plan["memory_bytes"][kind]
-    fixed = (budget["bank_bytes"], budget["dense_bytes"]) if _fixed(plan, kind) else (0, 0)
+    kinds = ("bank", "dense", "encoder", "id_map")
+    fixed = [budget[f"{part}_bytes"] if fixed_bytes(plan, kind) else 0 for part in kinds]
     values = (load[f"{kind}_bytes"], *fixed, budget["reserved_share"] * capacity)
     parts = [
         Part(part, series, value, part == MEMORY_PARTS[-1][0])

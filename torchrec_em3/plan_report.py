@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torchrec.distributed.planner.stats import EmbeddingStats
 from torchrec.distributed.planner.types import (
@@ -17,6 +18,7 @@ from torchrec.distributed.planner.types import (
     Topology,
 )
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_em3.plan_budget import Budget, BudgetReservation
 from torchrec_em3.plan_shortage import find_shortages
@@ -37,6 +39,10 @@ TIMES = {
     "backward_ms": ("bwd_compute",),
 }
 """What a rank's time is made of; the exchange of ids (input_dist_comms) is in no sum, as in TorchRec's own total."""
+
+
+STATE_BYTES = 4
+"""fbgemm keeps the state of the fused optimizers in float32, whatever the precision of the table."""
 
 
 class PlanReport(Stats):
@@ -119,8 +125,9 @@ class PlanReport(Stats):
             `planning_seconds`, `proposals` tried and `plans` that fitted; `memory_bytes` of a rank ("hbm", "ddr");
             `budget`, `Budget.as_dict()` or None; `tables`, each with `fqn`, `rows`, `dim`, `features`,
             `pooling_factors`, `sharding_type`, `compute_kernel`, `weight_bytes`, the sums of its shards' loads and
-            `shards`; `ranks`, each with its loads, the parts of its time (see `TIMES`), `num_shards` and what it has
-            for tables (`hbm_available_bytes`, `ddr_available_bytes`); `imbalance`, the largest rank over the mean by
+            `shards`; `ranks`, each with its loads, the parts of its time (see `TIMES`), `num_shards`, `table_bytes`
+            (weights and optimizer state alone, of which a load has inputs and outputs besides) and what it has for
+            tables (`hbm_available_bytes`, `ddr_available_bytes`); `imbalance`, the largest rank over the mean by
             load (1 is even, None where there is no load); `shortages` (see `find_shortages`), empty where it fits;
             `torchrec_text`, TorchRec's own statistics. Only `fits`, `tables`, `ranks` and `imbalance` are there before
             any planning.
@@ -146,6 +153,14 @@ def _loads(shard: Shard) -> dict[str, float]:
     }
 
 
+def _table_bytes(shard: Shard, table: torch.Tensor) -> int:
+    """Return the bytes of a shard's weights and of the state that its fused optimizer keeps of them."""
+    rows, width = shard.size
+    states = {RowWiseAdagrad: 1, torch.optim.Adagrad: width, torch.optim.Adam: 2 * width}
+    (optimizer,) = getattr(table, "_optimizer_classes", [None])
+    return rows * (width * table.element_size() + STATE_BYTES * states.get(optimizer, 0))
+
+
 def _feature_names(option: ShardingOption) -> list[str]:
     """Read the names from the module: the planner's own option carries them only where a constraint names them."""
     module = option.module[1]
@@ -161,6 +176,7 @@ def _table(option: ShardingOption, fits: bool) -> dict[str, Any]:
             "rank": shard.rank if fits else None,
             "size": list(shard.size),
             "offset": list(shard.offset),
+            "table_bytes": _table_bytes(shard, option.tensor),
             **_loads(shard),
             "perf_parts_ms": {part: float(getattr(shard.perf, part, 0.0)) for part in PERF_PARTS},
         }
@@ -187,15 +203,17 @@ def _rank_loads(available: Topology, options: Sequence[ShardingOption]) -> list[
             **dict.fromkeys(LOADS, 0),
             **dict.fromkeys(TIMES, 0.0),
             "num_shards": 0,
+            "table_bytes": 0,
             "hbm_available_bytes": device.storage.hbm,
             "ddr_available_bytes": device.storage.ddr,
         }
         for rank, device in enumerate(available.devices)
     ]
-    for shard in (shard for option in options for shard in option.shards):
+    for table, shard in ((option.tensor, shard) for option in options for shard in option.shards):
         assert shard.rank is not None
         row = ranks[shard.rank]
         row["num_shards"] += 1
+        row["table_bytes"] += _table_bytes(shard, table)
         for load, value in _loads(shard).items():
             row[load] += value
         for time, parts in TIMES.items():
@@ -206,7 +224,7 @@ def _rank_loads(available: Topology, options: Sequence[ShardingOption]) -> list[
 def _shortages(left: Topology, budget: Budget | None, enumerator: Enumerator | None) -> list[dict[str, Any]]:
     fixed = dict.fromkeys(MEMORIES, 0)
     if budget is not None:
-        fixed["hbm" if left.compute_device == "cuda" else "ddr"] = budget.bank_bytes + budget.dense_bytes
+        fixed["hbm" if left.compute_device == "cuda" else "ddr"] = budget.fixed_bytes
     available = {kind: getattr(left.devices[0].storage, kind) + fixed[kind] for kind in MEMORIES}
     # The type of the hook is broader than what TorchRec's planner calls it with.
     search_space = getattr(enumerator, "last_stored_search_space", None) or []

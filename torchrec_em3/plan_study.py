@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.config import NONE, Config
+from torchrec_em3.encoder_suffixes import EncoderSuffixes
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.model import EM3Model
 from torchrec_em3.plan_budget import token_bytes
@@ -28,6 +29,11 @@ DEFAULT_TOKENS = "image=49x320,text=32x384"
 SMALL_CACHE = 0.05
 """Share of the rows that the UVM caching option keeps on the device."""
 MIN_DIM = 8
+
+
+_Lever = tuple[str, str, dict[str, dict[str, Any]]]
+"""A change that can be made with others: name, what to set, and fields by section of the config."""
+_Planner = Callable[[Config, Cluster], dict[str, Any]]
 
 
 class _NoTokens:
@@ -70,10 +76,20 @@ def planned_schema(rows: str, tokens: str) -> FeatureSchema:
     )
 
 
-def plan_for(schema: FeatureSchema, config: Config, cluster: Cluster) -> dict[str, Any]:
-    """Return the plan of a config for a cluster, as `PlanReport.as_dict()` with `cluster` and `token_bytes` besides."""
+def plan_for(
+    schema: FeatureSchema, config: Config, cluster: Cluster, encoders: EncoderSuffixes | None = None
+) -> dict[str, Any]:
+    """Return the plan of a config for a cluster, as `PlanReport.as_dict()` with `cluster` and `token_bytes` besides.
+
+    Args:
+        schema: The tables, and the tokens as they are stored.
+        config: The run's options.
+        cluster: The machines.
+        encoders: What turns stored rows into tokens, which every rank holds; None if tokens are stored.
+    """
     torch.manual_seed(config.seed)
-    model = EM3Model(schema, config, _NoTokens() if config.uses_content else None)
+    read = schema if encoders is None else encoders.read_schema(schema)
+    model = EM3Model(read, config, _NoTokens() if config.uses_content else None, encoders=encoders)
     plan = estimate(model, config, cluster).as_dict()
     return {
         "cluster": {**dataclasses.asdict(cluster), "label": cluster.label},
@@ -82,13 +98,16 @@ def plan_for(schema: FeatureSchema, config: Config, cluster: Cluster) -> dict[st
     }
 
 
-def study(schema: FeatureSchema, config: Config, clusters: list[Cluster]) -> list[dict[str, Any]]:
+def study(
+    schema: FeatureSchema, config: Config, clusters: list[Cluster], encoders: EncoderSuffixes | None = None
+) -> list[dict[str, Any]]:
     """Plan for each cluster; where nothing fits, plan again with each change that could help.
 
     Args:
         schema: The tables.
         config: The run's options.
         clusters: The machines, none of which need exist.
+        encoders: As for `plan_for`.
 
     Returns:
         A plan for each cluster (see `plan_for`) with `remedies`, empty where it fits; each has `name`, `options` (what
@@ -97,9 +116,10 @@ def study(schema: FeatureSchema, config: Config, clusters: list[Cluster]) -> lis
     plans = []
     for cluster in clusters:
         logger.info("planning for %s", cluster.label)
-        plan = plan_for(schema, config, cluster)
-        has_bank = plan["budget"]["bank_bytes"] > 0
-        plans.append({**plan, "remedies": [] if plan["fits"] else list(_remedies(schema, config, cluster, has_bank))})
+        plan = plan_for(schema, config, cluster, encoders)
+        again = functools.partial(plan_for, schema, encoders=encoders)
+        levers = _levers(schema, config, cluster, has_bank=plan["budget"]["bank_bytes"] > 0)
+        plans.append({**plan, "remedies": [] if plan["fits"] else list(_remedies(config, cluster, levers, again))})
     return plans
 
 
@@ -117,7 +137,7 @@ def summary(plan: Mapping[str, Any]) -> dict[str, Any]:
         ranks, budget = plan["ranks"], plan["budget"]
         slowest = max(ranks, key=lambda rank: rank["perf_ms"])
         most = {load: max(rank[load] for rank in ranks) for load in LOADS} | {time: slowest[time] for time in TIMES}
-        most["hbm_bytes" if plan["device"] == "cuda" else "ddr_bytes"] += budget["bank_bytes"] + budget["dense_bytes"]
+        most["hbm_bytes" if plan["device"] == "cuda" else "ddr_bytes"] += budget["fixed_bytes"]
     kinds = {f"{table['sharding_type']}, {table['compute_kernel']}" for table in plan["tables"]}
     return {
         "fits": plan["fits"],
@@ -128,27 +148,26 @@ def summary(plan: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _remedies(schema: FeatureSchema, config: Config, cluster: Cluster, has_bank: bool) -> Iterator[dict[str, Any]]:
-    levers = _levers(schema, config, cluster, has_bank)
+def _remedies(config: Config, cluster: Cluster, levers: list[_Lever], plan: _Planner) -> Iterator[dict[str, Any]]:
     helped = False
     for name, options, changes in levers:
-        remedy = _try(schema, [_Change(name, options, _changed(config, changes), cluster)])
+        remedy = _try(plan, [_Change(name, options, _changed(config, changes), cluster)])
         helped = helped or remedy["fits"]
         yield remedy
     if not helped and len(levers) > 1:
         together = functools.reduce(_changed, (changes for *_, changes in levers), config)
-        yield _try(schema, [_Change(f"these {len(levers)} together", "all of the above", together, cluster)])
+        yield _try(plan, [_Change(f"these {len(levers)} together", "all of the above", together, cluster)])
     for group in _larger_changes(config, cluster):
-        yield _try(schema, group)
+        yield _try(plan, group)
 
 
-def _try(schema: FeatureSchema, changes: list[_Change]) -> dict[str, Any]:
+def _try(plan: _Planner, changes: list[_Change]) -> dict[str, Any]:
     """Plan with each change in turn until one fits; return the remedy that the last one is."""
     outcome: dict[str, Any] = {"fits": False}
     for change in changes:
         logger.info("too small; trying: %s", change.name)
         try:
-            outcome = summary(plan_for(schema, change.config, change.cluster))
+            outcome = summary(plan(change.config, change.cluster))
         except ConfigError as error:
             outcome = {"fits": False, "error": str(error)}
         if outcome["fits"]:
@@ -172,11 +191,9 @@ def _larger_changes(config: Config, cluster: Cluster) -> Iterator[list[_Change]]
     yield [_Change(f"{more.num_hosts} machines", f"world_size: {more.world_size}", config, more) for more in larger]
 
 
-def _levers(
-    schema: FeatureSchema, config: Config, cluster: Cluster, has_bank: bool
-) -> list[tuple[str, str, dict[str, dict[str, Any]]]]:
-    """Return the changes that can be made together: name, what to set, and fields by section of the config."""
-    levers: list[tuple[str, str, dict[str, dict[str, Any]]]] = []
+def _levers(schema: FeatureSchema, config: Config, cluster: Cluster, *, has_bank: bool) -> list[_Lever]:
+    """Return the changes that can be made together."""
+    levers: list[_Lever] = []
     if cluster.device == "cuda":
         cached = {"sharding": ["row_wise"], "kernels": ["fused_uvm_caching"], "cached_share": SMALL_CACHE}
         tables = [f"{feature.name}_table" for feature in schema.user_features] + ["item_table"]

@@ -99,6 +99,11 @@ def _budget_rows(plan: Mapping[str, Any]) -> Table:
         ],
         ["token store", "disk, memory-mapped", "-", format_bytes(plan["token_bytes"])],
     ]
+    encoders = f"encoders above their cuts ({budget['encoder_parameters']:,} parameters), with what training adds"
+    maps = "maps from raw ids to rows, by row, and raw ids of the catalogue"
+    for name, key in ((encoders, "encoder"), (maps, "id_map")):
+        if held := budget[f"{key}_bytes"]:
+            rows.insert(-1, [name, where, format_bytes(held), format_bytes(held * world)])
     for kind in ("hbm", "ddr"):
         kept = budget["reserved_share"] * plan["memory_bytes"][kind]
         if kept:

@@ -5,8 +5,10 @@ from typing import Any
 
 __all__ = [
     "budget_sentence",
+    "fixed_bytes",
     "format_bytes",
     "lack",
+    "measured_rows",
     "memory_name",
     "rank_spans",
     "remedy_rows",
@@ -41,6 +43,8 @@ def to_text(plan: Mapping[str, Any]) -> str:
         lines += ["", "What would change that, each planned again by itself:", *_aligned_columns(remedy_rows(plan))]
     if plan["fits"]:
         lines += ["", *_aligned_columns(_rank_rows(plan["ranks"])), "", _imbalance_line(plan["imbalance"])]
+    if plan.get("measured"):
+        lines += ["", "Planned and measured:", *_aligned_columns(measured_rows(plan))]
     return "\n".join(lines)
 
 
@@ -84,8 +88,12 @@ def budget_sentence(plan: Mapping[str, Any]) -> str:
     parts = [f"{format_bytes(budget['dense_bytes'])} of dense parameters with gradients and Adam's state"]
     if budget["bank_bytes"]:
         parts.insert(0, f"{format_bytes(budget['bank_bytes'])} of the content bank")
+    if budget["encoder_bytes"]:
+        parts.append(f"{format_bytes(budget['encoder_bytes'])} of encoders")
+    if budget["id_map_bytes"]:
+        parts.append(f"{format_bytes(budget['id_map_bytes'])} of maps from raw ids")
     kept = f"{100 * budget['reserved_share']:.0f}% of the memory is left to activations"
-    return f"Besides tables a rank holds {' and '.join(parts)}; {kept}."
+    return f"Besides tables a rank holds {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}; {kept}."
 
 
 def lack(plan: Mapping[str, Any], most: Mapping[str, Any]) -> str:
@@ -108,6 +116,36 @@ def remedy_rows(plan: Mapping[str, Any]) -> list[list[str]]:
         memory = (format_bytes(remedy["hbm_bytes"]), format_bytes(remedy["ddr_bytes"]))
         rows.append([remedy["name"], "yes", remedy["options"], *memory, f"{remedy['perf_ms']:.3g}"])
     return rows
+
+
+def measured_rows(plan: Mapping[str, Any]) -> list[list[str]]:
+    """Return a head line and a line for each of the slowest ranks of a trained run: what was planned, what it took.
+
+    Args:
+        plan: A run's `plan.json`, with `measured`: a mapping for each rank, see `rank_measurements`.
+    """
+    slowest = sorted(plan["measured"], key=lambda taken: -(taken["step_ms"] or 0.0))[:MAX_RANK_ROWS]
+    kinds = {"hbm": "device", "ddr": "host"} if plan["device"] == "cuda" else {"ddr": "host"}
+    head = ["rank", "tables planned", "held"]
+    for name in kinds.values():
+        head += [f"{name} mem planned", "peak"]
+    rows = [[*head, "ms planned", "a step", "loading", "computing", "processor"]]
+    for taken in sorted(slowest, key=lambda taken: int(taken["rank"])):
+        rank = plan["ranks"][taken["rank"]]
+        cells = [str(taken["rank"]), format_bytes(rank["table_bytes"]), format_bytes(taken["table_bytes"])]
+        for kind in kinds:
+            peak = taken["peak_device_bytes" if kind == "hbm" else "peak_rss_bytes"]
+            cells += [format_bytes(rank[f"{kind}_bytes"] + fixed_bytes(plan, kind)), format_bytes(peak)]
+        times = [rank["perf_ms"], *(taken[f"{part}_ms"] for part in ("step", "loading", "computing", "processor"))]
+        rows.append([*cells, *("-" if time is None else f"{time:.3g}" for time in times)])
+    hidden = len(plan["measured"]) - len(slowest)
+    return rows + [[f"... and {hidden} faster ranks"]] * (hidden > 0)
+
+
+def fixed_bytes(plan: Mapping[str, Any], kind: str) -> int:
+    """Return what a rank holds besides tables of a kind of memory, "hbm" or "ddr"."""
+    here = kind == ("hbm" if plan["device"] == "cuda" else "ddr")
+    return int(plan["budget"]["fixed_bytes"]) if here else 0
 
 
 def _imbalance_line(imbalance: Mapping[str, float | None]) -> str:

@@ -10,9 +10,11 @@ import jinja2
 
 from torchrec_em3 import __version__
 from torchrec_em3.datasets.prepared import PreparedData
-from torchrec_em3.errors import DataError
+from torchrec_em3.datasets.remote_folder import local_folder
+from torchrec_em3.errors import ConfigError, DataError
 from torchrec_em3.item_attention import ItemAttention
 from torchrec_em3.number_format import FILTERS
+from torchrec_em3.plan_measured import MEASURED_NOTE
 from torchrec_em3.plots import dot_outline
 from torchrec_em3.report_ablation import ablations
 from torchrec_em3.report_alignment import alignment_histograms
@@ -106,6 +108,7 @@ def write_report(
             sheet=contact_sheet(records, data, images),
             attention=_attention(attention, images),
             plans=plans(records),
+            measured_note=MEASURED_NOTE,
             data=data_summaries(data),
             unread=unread,
             differences=config_differences(records),
@@ -136,11 +139,12 @@ def _open_data(
     unread: dict[str, str] = {}
     for record in records:
         try:
-            if record.data_folder is None:
+            if not record.data_folder:
                 raise DataError("the run's config names no prepared folder")
-            same = (data for data in opened.values() if data.folder == record.data_folder)
-            opened[record.name] = next(same, None) or PreparedData.open(record.data_folder)
-        except DataError as error:
+            folder = local_folder(record.data_folder)
+            same = (data for data in opened.values() if data.folder == folder)
+            opened[record.name] = next(same, None) or PreparedData.open(folder)
+        except (ConfigError, DataError) as error:
             unread[record.name] = str(error)
     return opened, unread
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.metrics import FREQUENCY_SLICES, USER_SLICES, calibration_bins
+from torchrec_em3.plan_measured import measured_table
 from torchrec_em3.plots import Bar, BarGroup, Line, bar_chart, line_chart, reliability_chart
 from torchrec_em3.run_record import RunRecord, flatten
 from torchrec_em3.verdict import small_slice
@@ -174,12 +175,15 @@ def plans(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
         if plan is None or not isinstance(plan.get("tables"), list):
             continue
         key = [(t.get("fqn"), t.get("sharding_type"), t.get("shards")) for t in plan["tables"]]
-        twin = next((entry for entry in found if entry["key"] == key), None)
-        if twin is not None:
-            twin["names"].append(record.name)
-            continue
-        loads = _rank_charts(plan) if plan.get("world_size", 1) > 1 else []
-        found.append({"names": [record.name], "plan": plan, "text": record.plan_text, "charts": loads, "key": key})
+        entry = next((entry for entry in found if entry["key"] == key), None)
+        if entry is None:
+            loads = _rank_charts(plan) if plan.get("world_size", 1) > 1 else []
+            entry = {"names": [], "plan": plan, "text": record.plan_text, "charts": loads, "key": key, "measured": []}
+            found.append(entry)
+        entry["names"].append(record.name)
+        measured = measured_table(plan, record.name)
+        if measured is not None:
+            entry["measured"].append(measured)
     return found
 
 

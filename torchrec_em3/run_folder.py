@@ -1,6 +1,5 @@
 """The run folder: what `em3 train` writes and every other command takes."""
 
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torchrec_em3.model import EM3Model
 from torchrec_em3.parsing import dump_config, read_config
 from torchrec_em3.plan_report import PlanReport
 from torchrec_em3.process_group import Ranks
+from torchrec_em3.rank_measurements import resident_peak_bytes
 from torchrec_em3.runlog import versions, write_json
 
 __all__ = ["create_run", "peak_rss_bytes", "read_run", "write_summary"]
@@ -122,7 +122,7 @@ def write_summary(
 
 def peak_rss_bytes(ranks: Ranks) -> int:
     """Return the largest resident memory that any rank has had so far. Collective."""
-    peaks = ranks.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    peaks = ranks.gather(resident_peak_bytes())
     peak: int = ranks.broadcast(max(peaks) if peaks is not None else 0)
     return peak
 

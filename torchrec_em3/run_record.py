@@ -116,9 +116,9 @@ class RunRecord:
         return str(self.config.get("data")), str(self.summary.get("split"))
 
     @property
-    def data_folder(self) -> Path | None:
-        """The prepared folder that the run was trained on."""
-        return Path(self.config["data"]) if self.config.get("data") else None
+    def data_folder(self) -> str:
+        """Path or URL of the prepared folder that the run was trained on; empty if the config names none."""
+        return str(self.config.get("data") or "")
 
     @property
     def test(self) -> Mapping[str, Any]:

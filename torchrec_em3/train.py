@@ -47,7 +47,7 @@ class Trainer:
         self._saver = CheckpointSaver(
             self.checkpoints, ranks, background=options.async_checkpoints, keep=options.keep_checkpoints
         )
-        self._steps = TrainingSteps(sharded, ranks, self._saver, options.step_timeout)
+        self._steps = TrainingSteps(run, sharded, ranks, self._saver, options.step_timeout)
         self._log = RunLog(run, ranks.is_first)
 
     def fit(self, *, resume: bool = False) -> None:

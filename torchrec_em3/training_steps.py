@@ -1,9 +1,11 @@
 """Steps of training one after the other: watched, counted, stopped by SIGTERM once the step is done."""
 
+import contextlib
 import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -11,10 +13,11 @@ from torch import Tensor, zeros_like
 
 from torchrec_em3.batch import Batch
 from torchrec_em3.checkpoint_saver import CheckpointSaver
-from torchrec_em3.errors import NumericError
+from torchrec_em3.errors import EM3Error, NumericError, Preempted
 from torchrec_em3.faults import fault_point
 from torchrec_em3.pipeline import CheckedPipeline
 from torchrec_em3.process_group import Ranks
+from torchrec_em3.rank_measurements import StepTimes, record_measurements
 from torchrec_em3.sharding import ShardedModel
 from torchrec_em3.watchdog import StepWatchdog
 
@@ -53,10 +56,13 @@ class Progress:
 class TrainingSteps:
     """The steps of a run; while it is entered, SIGTERM asks all ranks to stop instead of killing the process."""
 
-    def __init__(self, sharded: ShardedModel, ranks: Ranks, saver: CheckpointSaver, step_timeout: float) -> None:
+    def __init__(
+        self, run: Path, sharded: ShardedModel, ranks: Ranks, saver: CheckpointSaver, step_timeout: float
+    ) -> None:
         """Prepare to train.
 
         Args:
+            run: Run folder, whose plan gets what the ranks took.
             sharded: The model.
             ranks: This process among its peers.
             saver: The run's saves, whose failure ends the steps of all ranks.
@@ -64,6 +70,8 @@ class TrainingSteps:
         """
         self._pipeline = CheckedPipeline(sharded, ranks, saver)
         self._watchdog = StepWatchdog(step_timeout, ranks.rank)
+        self._run, self._sharded, self._ranks = run, sharded, ranks
+        self._times = StepTimes()
         self._sums: dict[str, Tensor] = {}
         self._count = 0
         self._previous: Any = None
@@ -73,9 +81,19 @@ class TrainingSteps:
         self._watchdog.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._record(kind)
         self._watchdog.__exit__()
         signal.signal(signal.SIGTERM, self._previous)
+
+    def _record(self, kind: type[BaseException] | None) -> None:
+        """Write what the ranks took; after an error that may be one rank's alone, rank 0 does not ask the others."""
+        measured = self._run, self._sharded, self._ranks, self._times
+        if kind is None or issubclass(kind, Preempted):
+            record_measurements(*measured)
+        elif issubclass(kind, EM3Error | KeyboardInterrupt):
+            with contextlib.suppress(OSError):  # what is to be told is the error that ended the training
+                record_measurements(*measured, alone=True)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._pipeline.stop_requested = True
@@ -101,7 +119,7 @@ class TrainingSteps:
             NumericError: If a loss is not finite; the step is not applied.
             CheckpointError: If a checkpoint could not be written in the background.
         """
-        started = time.process_time()
+        started, processor_started = time.perf_counter(), time.process_time()
         try:
             with self._watchdog.step():
                 fault_point("step")
@@ -114,7 +132,9 @@ class TrainingSteps:
                 "--embeddings.learning_rate, or continue from the last checkpoint with --resume"
             ) from error
         progress.step += 1
-        progress.cpu_seconds += time.process_time() - started
+        processor = time.process_time() - processor_started
+        progress.cpu_seconds += processor
+        self._times.add(time.perf_counter() - started, self._pipeline.loading_seconds, processor)
         self._count += 1
         for name, value in output.metrics.items():
             # Kept as tensors, so that no step waits for them.

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torchrec_em3.config import Config, EmbeddingConfig, ModelConfig
 from torchrec_em3.parsing import resolve_parts
 from torchrec_em3.plan_chart import WIDTH, Part, Stack, stacked_bars
-from torchrec_em3.plan_measured import measured_table
+from torchrec_em3.plan_measured import read_measured
 from torchrec_em3.plan_page import to_html, to_markdown
 from torchrec_em3.plan_study import DEFAULT_TOKENS, planned_schema, study
-from torchrec_em3.plan_text import format_bytes, to_text
-from torchrec_em3.topology import Cluster, read_cluster
+from torchrec_em3.plan_text import format_bytes, measured_rows, to_text
+from torchrec_em3.topology import GIB, Cluster, read_cluster
 
 FACTS = {"tables": "user <b>1</b> row"}
 
@@ -132,22 +132,42 @@ def test_names_in_a_chart_are_escaped() -> None:
     assert stacked_bars([Stack("a", [Part("b", 1, 0.0)], "c")], "d", format_bytes) == ""
 
 
-def test_what_a_run_took_stands_beside_its_plan(tmp_path: Path, plans: list[dict[str, Any]]) -> None:
-    run = tmp_path / "run"
+@pytest.mark.parametrize("place", [1, 2])
+def test_what_a_run_took_stands_beside_its_plan(tmp_path: Path, plans: list[dict[str, Any]], place: int) -> None:
+    run, plan = tmp_path / "run", plans[place]
     run.mkdir()
-    assert measured_table(run) is None
-    plan = plans[2]
+    assert read_measured(run) is None
     (run / "plan.json").write_text(json.dumps(plan))
-    assert measured_table(run) is None
-    (run / "summary.json").write_text(json.dumps({"peak_rss_bytes": 3 * 1024**3, "cpu_seconds_per_1k": 0.05}))
-    table = measured_table(run)
+    assert read_measured(run) is None, "a run that has not ended has measured nothing"
+    cuda = plan["device"] == "cuda"
+    taken = {"table_bytes": 5 * 2**20, "peak_rss_bytes": 3 * GIB, "peak_device_bytes": 7 * GIB if cuda else None}
+    times = {"steps": 9, "step_ms": 102.4, "loading_ms": 2.5, "computing_ms": 99.9, "processor_ms": None}
+    measured = [{"rank": rank, **taken, **times} for rank in range(plan["world_size"])]
+    (run / "plan.json").write_text(json.dumps({**plan, "measured": measured}))
+    table = read_measured(run)
     assert table is not None
-    planned = max(rank["ddr_bytes"] for rank in plan["ranks"])
-    planned += plan["budget"]["bank_bytes"] + plan["budget"]["dense_bytes"]
-    amounts = [row[-1] for row in table.rows]
-    # 0.05 s for 1,000 rows and 2,048 rows a step are 102.4 ms a step.
-    assert (amounts[0], amounts[1], amounts[3]) == (format_bytes(planned), "3.00 GiB", "102 ms")
-    assert "3.00 GiB" in to_markdown(plans, FACTS, table)
-    assert "3.00 GiB" in Page(to_html(plans, FACTS, table)).shown
-    (run / "plan.json").write_text(json.dumps(plans[1]))
-    assert measured_table(run) is None, "the memory of a CUDA device is not measured"
+    assert len(table.rows) == plan["world_size"]
+    row, rank = dict(zip(table.head, table.rows[0], strict=True)), plan["ranks"][0]
+    fixed = plan["budget"]["bank_bytes"] + plan["budget"]["dense_bytes"]
+    if cuda:
+        assert row["device mem planned"] == format_bytes(rank["hbm_bytes"] + fixed)
+        assert row["host mem planned"] == format_bytes(rank["ddr_bytes"])
+        assert table.rows[0][4] == "7.00 GiB"
+    else:
+        assert row["host mem planned"] == format_bytes(rank["ddr_bytes"] + fixed)
+    assert (row["tables planned"], row["held"]) == (format_bytes(rank["table_bytes"]), "5.00 MiB")
+    assert (row["peak"], row["a step"], row["processor"]) == ("3.00 GiB", "102", "-")
+    shown = Page(to_html(plans, FACTS, table)).shown
+    for text in (to_markdown(plans, FACTS, table), shown, to_text({**plan, "measured": measured})):
+        assert "3.00 GiB" in text
+
+
+def test_of_many_ranks_the_slowest_are_shown(plans: list[dict[str, Any]]) -> None:
+    plan = plans[2]
+    times = {"step_ms": 1.0, "loading_ms": 0.0, "computing_ms": 1.0, "processor_ms": 1.0}
+    taken = {"table_bytes": 1, "peak_rss_bytes": 1, "peak_device_bytes": None}
+    measured = [{"rank": rank, **taken, **times} for rank in range(40)]
+    measured[33]["step_ms"] = 9.0
+    many = {**plan, "ranks": plan["ranks"] * 3, "measured": measured}
+    rows = measured_rows(many)[1:]
+    assert [row[0] for row in rows] == [*map(str, range(15)), "33", "... and 24 faster ranks"]

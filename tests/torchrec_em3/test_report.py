@@ -239,3 +239,17 @@ def test_runs_of_the_same_name_are_told_apart(runs, tmp_path):
     page = Page(write_report([tmp_path / "first" / "run", tmp_path / "second" / "run"], tmp_path / "report.html"))
     assert "first/run" in page.words
     assert "second/run" in page.words
+
+
+def test_what_ranks_took_stands_beside_their_plan(data: PreparedData, tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / name, data, content=False, world_size=2) for name in ("a", "b")]
+    plan = json.loads((runs[0] / "plan.json").read_text())
+    taken = {"table_bytes": 3 * 2**20, "peak_rss_bytes": 5 * 2**30, "peak_device_bytes": None, "steps": 7}
+    taken |= {"step_ms": 43.2, "loading_ms": 1.0, "computing_ms": 42.2, "processor_ms": 40.0}
+    plan["ranks"] = [{**rank, "table_bytes": 2**20} for rank in plan["ranks"]]
+    plan |= {"budget": {"fixed_bytes": 0}, "measured": [{"rank": rank, **taken} for rank in range(2)]}
+    (runs[1] / "plan.json").write_text(json.dumps(plan))
+    page = write_report(runs, tmp_path / "report.html").read_text()
+    assert "Planned and measured in b" in page
+    assert "Planned and measured in a" not in page
+    assert page.count("<td>5.00 GiB</td>") == page.count("<td>43.2</td>") == 2

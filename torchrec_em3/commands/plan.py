@@ -6,10 +6,11 @@ from typing import Any
 
 from torchrec_em3.build import open_data
 from torchrec_em3.config import Config
+from torchrec_em3.encoder_suffixes import EncoderSuffixes, build_suffixes
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.id_tables import with_id_tables
 from torchrec_em3.parsing import CommandParser, parse_config
-from torchrec_em3.plan_measured import measured_table
+from torchrec_em3.plan_measured import read_measured
 from torchrec_em3.plan_page import to_html, to_markdown
 from torchrec_em3.plan_study import DEFAULT_TOKENS, planned_schema, study
 from torchrec_em3.plan_tables import Table
@@ -30,13 +31,11 @@ def main(arguments: Sequence[str]) -> None:
     config, values = parse_config("plan", DESCRIPTION, arguments, _add_arguments)
     configure_logging(first_rank=True)
     clusters = _clusters(values)
-    schema = _schema(config, values)
-    plans = study(schema, config, clusters)
+    schema, encoders = _schema(config, values)
+    plans = study(schema, config, clusters, encoders)
     print("\n\n".join(to_text(plan) for plan in plans))
     if values.out:
-        _write(
-            Path(values.out), plans, _facts(schema, config), measured_table(Path(config.run)) if config.run else None
-        )
+        _write(Path(values.out), plans, _facts(schema, config), read_measured(Path(config.run)) if config.run else None)
         print(f"wrote {values.out}")
     if not any(plan["fits"] for plan in plans):
         raise ConfigError(f"no sharding plan fits {', '.join(cluster.label for cluster in clusters)}; see above")
@@ -83,14 +82,17 @@ def _clusters(values: Any) -> list[Cluster]:
     return [cluster]
 
 
-def _schema(config: Config, values: Any) -> FeatureSchema:
+def _schema(config: Config, values: Any) -> tuple[FeatureSchema, EncoderSuffixes | None]:
+    """Return the schema of the data, or of what --rows describes, and the encoders that its tokens still need."""
     if values.rows and config.data:
         raise ConfigError(
             f"--rows {values.rows} stands in place of --data, but --data is {config.data}; give one of them"
         )
     if values.rows:
-        return planned_schema(values.rows, values.tokens if config.uses_content else "")
-    return FeatureSchema.from_meta(open_data(config).meta)
+        return planned_schema(values.rows, values.tokens if config.uses_content else ""), None
+    meta = open_data(config).meta
+    encoders = build_suffixes(config.model.encoders, meta["modalities"], config.data) if config.uses_content else None
+    return FeatureSchema.from_meta(meta), encoders
 
 
 def _facts(schema: FeatureSchema, config: Config) -> dict[str, str]:

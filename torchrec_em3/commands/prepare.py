@@ -15,6 +15,7 @@ from torchrec_em3.datasets.movielens import read_movielens
 from torchrec_em3.datasets.picture_download import PictureLimits
 from torchrec_em3.datasets.prepare import PrepareOptions, prepare
 from torchrec_em3.datasets.raw import RawDataset
+from torchrec_em3.datasets.remote_folder import is_url, uploaded_folder
 from torchrec_em3.datasets.sequences import read_sequences
 from torchrec_em3.datasets.simulated import SimulatedOptions, simulate
 from torchrec_em3.errors import ConfigError
@@ -63,7 +64,7 @@ def _parse(
     fixed = fixed or {}
     parser = CommandParser(f"prepare {source}", SOURCES[source])
     extend(parser)
-    parser.add_argument("--out", type=str, required=True, help="Prepared folder to write.")
+    parser.add_argument("--out", type=str, required=True, help="Prepared folder to write, or its fsspec URL.")
     parser.add_argument("--plugins", type=str, default="", help="Modules that register your own encoders.")
     parser.add_argument("--overwrite", action="store_true", help="Replace a prepared folder that is there already.")
     parser.add_class_arguments(PrepareOptions, skip={"overwrite", *fixed})
@@ -103,7 +104,7 @@ def _movielens(arguments: Sequence[str]) -> None:
         raise ConfigError("give either --source DIR with the publisher's files or --download NAME")
     source = Path(values.source) if values.source else download(values.download, Path(values.cache))
     raw = _with_codes(read_movielens(source, _path(values.ratings)), name_codes(values.codes, source))
-    _say(prepare(raw, Path(values.out), options), values.out, "movielens")
+    _say(_write(raw, values.out, options), values.out, "movielens")
 
 
 def _amazon(arguments: Sequence[str]) -> None:
@@ -127,7 +128,7 @@ def _amazon(arguments: Sequence[str]) -> None:
         values.download if values.download_images else None,
     )
     raw = _with_codes(raw, name_codes(values.codes, Path(values.source)))
-    _say(prepare(raw, Path(values.out), options), values.out, "amazon")
+    _say(_write(raw, values.out, options), values.out, "amazon")
 
 
 def _sequences(arguments: Sequence[str]) -> None:
@@ -147,7 +148,7 @@ def _sequences(arguments: Sequence[str]) -> None:
     source = Path(values.source)
     raw = read_sequences(source, _path(values.metadata), _path(values.images))
     raw = _with_codes(raw, name_codes(values.codes, source) or find_codes(source))
-    _say(prepare(raw, Path(values.out), options), values.out, "amazon")
+    _say(_write(raw, values.out, options), values.out, "amazon")
 
 
 def _simulated(arguments: Sequence[str]) -> None:
@@ -159,7 +160,14 @@ def _simulated(arguments: Sequence[str]) -> None:
     values, options = _parse("simulated", arguments, extend, fixed=fixed)
     with tempfile.TemporaryDirectory() as folder:
         raw = simulate(values.catalogue, Path(folder))
-        _say(prepare(raw, Path(values.out), options), values.out, "demo")
+        _say(_write(raw, values.out, options), values.out, "demo")
+
+
+def _write(raw: RawDataset, out: str, options: PrepareOptions) -> dict[str, Any]:
+    if not is_url(out):
+        return prepare(raw, Path(out), options)
+    with uploaded_folder(out, overwrite=options.overwrite) as folder:
+        return prepare(raw, folder, options)
 
 
 def _say(meta: dict[str, Any], out: str, preset: str) -> None:

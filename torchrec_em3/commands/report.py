@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchrec_em3.config import NONE
+from torchrec_em3.datasets.remote_folder import local_folder
 from torchrec_em3.item_attention import choose_items, read_attention
 from torchrec_em3.parsing import CommandParser
 from torchrec_em3.process_group import process_group
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     configure_logging(first_rank=True)
     runs = [Path(run) for run in values.runs]
     out = Path(values.out) if values.out else runs[0] / "report.html"
-    data, images = (Path(folder) if folder else None for folder in (values.data, values.images))
+    data, images = (local_folder(values.data) if values.data else None, Path(values.images) if values.images else None)
     attention = _read_attention(runs, values.attention, values.data) if values.attention else None
     print(f"wrote {write_report(runs, out, data, images, attention)}")
 
