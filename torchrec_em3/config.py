@@ -228,6 +228,8 @@ class TrainConfig:
     """Validation metric that chooses the checkpoint."""
     log_every: int = 20
     """Steps between log lines."""
+    sinks: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where the scalars of metrics.jsonl are shown as well; wandb and mlflow need their packages."""
     keep_checkpoints: int = 1
     """Checkpoints kept besides the best one."""
     async_checkpoints: bool = False

@@ -94,7 +94,7 @@ class Follower:
             self.checkpoints, ranks, background=options.async_checkpoints, keep=options.keep_checkpoints
         )
         self._steps = TrainingSteps(run, sharded, ranks, self._saver, options.step_timeout)
-        self._log = RunLog(run, ranks.is_first)
+        self._log = RunLog(run, config, ranks.is_first)
 
     def start_from(self, run: Path) -> None:
         """Take the weights and the optimizers' state of another run's best checkpoint. Collective.

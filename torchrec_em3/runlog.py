@@ -1,4 +1,4 @@
-"""What a run writes while it goes: console lines, metrics.jsonl, TensorBoard events, records of versions."""
+"""What a run writes while it goes: console lines, metrics.jsonl, what its sinks show, records of versions."""
 
 import importlib.metadata
 import json
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 import torchrec_em3
+from torchrec_em3.config import Config
+from torchrec_em3.sinks import Sink, check_sinks, open_sinks
 
 __all__ = ["RunLog", "configure_logging", "versions", "write_json"]
 
@@ -64,25 +64,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class RunLog:
-    """Scalars of a run, to metrics.jsonl and TensorBoard; does nothing on other ranks than the first."""
+    """Scalars of a run, to metrics.jsonl and the sinks of its config; does nothing on other ranks than the first."""
 
-    def __init__(self, run: Path, first_rank: bool) -> None:
-        """Open the run folder's logs for appending."""
-        self._writer: SummaryWriter | None = None
+    def __init__(self, run: Path, config: Config, first_rank: bool) -> None:
+        """Open the run folder's logs for appending.
+
+        Raises:
+            ConfigError: If the package of a sink is not installed.
+        """
+        check_sinks(config.train.sinks)
+        self._open = first_rank
         self._path = run / "metrics.jsonl"
+        self._sinks: list[Sink] = []
         if first_rank:
             self._lines = self._path.open("a", encoding="utf-8")
-            self._writer = SummaryWriter(str(run / "tensorboard"))
+            self._sinks = open_sinks(run, config)
 
     def scalars(self, phase: str, *, step: int, epoch: int, values: Mapping[str, float | None]) -> None:
-        """Record numbers of one step; None (undefined) is recorded as null and left out of TensorBoard."""
-        if self._writer is None:
+        """Record numbers of one step; None (undefined) is recorded as null and left out of the sinks."""
+        if not self._open:
             return
         self._lines.write(json.dumps({"step": step, "epoch": epoch, "phase": phase, **values}) + "\n")
         self._lines.flush()
-        for name, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(f"{phase}/{name}", value, step)
+        defined = {f"{phase}/{name}": value for name, value in values.items() if value is not None}
+        for sink in self._sinks:
+            sink.scalars(defined, step)
 
     def rewind(self, step: int, epochs: int | None = None) -> None:
         """Forget the lines that a resumed run writes again.
@@ -91,7 +97,7 @@ class RunLog:
             step: Lines of later steps are forgotten.
             epochs: So are those of epochs from this number on, if it is given.
         """
-        if self._writer is None:
+        if not self._open:
             return
         self._lines.close()
         lines = self._path.read_text(encoding="utf-8").splitlines()
@@ -103,8 +109,9 @@ class RunLog:
         self._lines = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
-        """Flush and close the files."""
-        if self._writer is not None:
+        """Flush and close the files and the sinks."""
+        if self._open:
+            self._open = False
             self._lines.close()
-            self._writer.close()
-            self._writer = None
+            for sink in self._sinks:
+                sink.close()

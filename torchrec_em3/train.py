@@ -48,7 +48,7 @@ class Trainer:
             self.checkpoints, ranks, background=options.async_checkpoints, keep=options.keep_checkpoints
         )
         self._steps = TrainingSteps(run, sharded, ranks, self._saver, options.step_timeout)
-        self._log = RunLog(run, ranks.is_first)
+        self._log = RunLog(run, config, ranks.is_first)
 
     def fit(self, *, resume: bool = False) -> None:
         """Train until early stopping or the last epoch, then load the weights of the best validation.

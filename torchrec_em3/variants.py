@@ -1,4 +1,4 @@
-"""Runs of one model variant: their configs agree in everything but the seed and the run folder."""
+"""Runs of one model variant: their configs agree in everything but the seed, the run folder and the sinks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ __all__ = ["Variant", "closest_baseline", "group_variants"]
 MAX_NAMED = 3
 """Differing options in a name, unless it takes more to tell it from others; the table of options has them all."""
 ABSENT = object()
+NO_OPTIONS = ("seed", "run", "data", "train.sinks")
+"""What runs of one variant may differ in."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Variant:
     Attributes:
         name: A few words, unique among the variants that were found together.
         runs: Its runs, at least one, on the same data and split.
-        options: Resolved options by dotted name, without the seed and the run folder.
+        options: Resolved options by dotted name, without those in NO_OPTIONS.
     """
 
     name: str
@@ -66,7 +68,7 @@ def closest_baseline(variant: Variant, variants: Sequence[Variant]) -> Variant |
 
 
 def _options(record: RunRecord) -> dict[str, Any]:
-    return {key: value for key, value in flatten(record.config).items() if key not in ("seed", "run", "data")}
+    return {key: value for key, value in flatten(record.config).items() if key not in NO_OPTIONS}
 
 
 def _differences(a: Variant, b: Variant) -> list[str]:

@@ -27,6 +27,14 @@ def run(folder: Path, data: PreparedData, *, content: bool, seed: int = 0, **mod
     return folder
 
 
+def test_where_numbers_are_shown_makes_no_variant(data: PreparedData, tmp_path: Path) -> None:
+    folders = [run(tmp_path / name, data, content=False, seed=seed) for seed, name in enumerate(("before", "after"))]
+    config = yaml.safe_load((folders[1] / "config.yaml").read_text())
+    config["train"] = {**config.get("train", {}), "sinks": ["tensorboard", "wandb"]}
+    (folders[1] / "config.yaml").write_text(yaml.safe_dump(config))
+    assert [len(variant.runs) for variant in group_variants(read_records(folders))] == [2]
+
+
 def test_runs_that_differ_in_the_ranker_are_no_seeds_of_one_model(data: PreparedData, tmp_path: Path) -> None:
     folders = [
         run(tmp_path / f"{ranker}{seed}", data, content=content, seed=seed, ranker=ranker)
