@@ -17,10 +17,10 @@ from torchrec_em3.faults import VARIABLE, fault_point
 
 ROOT = Path(torchrec_em3.__file__).parents[1]
 SAVE_PLACES = ["save.start", "save.shard", "save.metadata", "save.progress", "save.manifest", "save.done"]
+STEP_PLACES = ["step", "backward", "optimizer", "validate", "load"]
 STEP_PHASES = ["batch", "exchange", "forward", "backward", "optimizer"]
-STEP_PLACES = ["step", *STEP_PHASES, "validate", "metrics", "load"]
 PHASES = {**dict.fromkeys(STEP_PHASES, 16), "validate": 2, "metrics": 2, "save.start": 3, "save.shard": 3}
-"""What both ranks pass through, and the time that a fault waits for: after the checkpoint of step 14, or in it."""
+"""What both ranks pass through, and the time at which a fault strikes there, after the checkpoint of step 14."""
 PHASE_FAULTS = [f"{place}:{rank}:{count}" for place, count in PHASES.items() for rank in (0, 1)]
 ALWAYS = ("optimizer:0:16", "save.shard:1:3")
 """Those that are tried whenever the tests run."""

@@ -62,7 +62,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(
     with pytest.raises(GangError) as caught:
         run_ranks(2, save, tiny_data, folder, 2, rank, size, timeout=SECONDS)
     assert caught.value.errors[rank] == f"process died with exit code {-death}"
-    assert (folder / ".step-2.tmp").exists() or "save.start" in str(caught.value), "the save was cut off"
+    assert (folder / ".step-2.tmp").is_dir(), "the save had begun"
     with process_group() as one:
         assert CheckpointFolder(folder, one).newest_good() == 1
     assert read_manifest(folder / "step-1") == files
