@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from torchrec_em3.checkpoint_manifest import METADATA_FILE, read_manifest
 from torchrec_em3.errors import CheckpointError
@@ -96,7 +96,9 @@ def check_column_shards(folder: Path, state: Mapping[str, Mapping[str, Any]]) ->
         table = saved.get(f"model.{name.removeprefix('tables.')}")
         for key, value in values.items():
             entry = saved.get(f"optimizer.state.{name}.{key}")
-            if table is None or entry is None or not isinstance(value, ShardedTensor) or len(value.size()) != 1:
+            if not isinstance(table, TensorStorageMetadata) or not isinstance(entry, TensorStorageMetadata):
+                continue
+            if not isinstance(value, ShardedTensor) or len(value.size()) != 1:
                 continue
             now, then = (size[0] // table.size[0] for size in (value.size(), entry.size))
             if now != then and value.size()[0] == now * table.size[0]:
