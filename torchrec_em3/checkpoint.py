@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from torchrec_em3 import checkpoint_manifest as manifest
 from torchrec_em3.checkpoint_manifest import METADATA_FILE, PROGRESS_FILE, Digest, OtherFormat
-from torchrec_em3.checkpoint_metadata import MetadataReader, check_metadata
+from torchrec_em3.checkpoint_metadata import MetadataReader, check_column_shards, check_metadata
 from torchrec_em3.errors import CheckpointError
 from torchrec_em3.faults import fault_point
 from torchrec_em3.process_group import Ranks
@@ -206,6 +206,8 @@ class CheckpointFolder:
         if optimizer:
             sharded.optimizer.optimizers[1][1].init_state()
         state = _tensors(sharded, optimizer=optimizer)
+        if optimizer:
+            check_column_shards(folder, state["optimizer"]["state"])
         same_ranks = progress["world_size"] == self._ranks.world_size
         random_state = _random_state(self._ranks) if same_ranks and optimizer else {}
         state.update(random_state)

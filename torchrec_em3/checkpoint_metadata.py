@@ -6,17 +6,19 @@ unpickle those, finds none.
 """
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from torchrec_em3.checkpoint_manifest import METADATA_FILE, read_manifest
 from torchrec_em3.errors import CheckpointError
 
-__all__ = ["MetadataReader", "check_metadata", "read_metadata"]
+__all__ = ["MetadataReader", "check_column_shards", "check_metadata", "read_metadata"]
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 ALLOWED = frozenset(
@@ -75,6 +77,36 @@ def check_metadata(folder: Path) -> None:
     for place in (read_metadata(folder).storage_data or {}).values():
         if place.relative_path not in listed:
             raise CheckpointError(f"{folder / METADATA_FILE} refers to {place.relative_path}, not in the manifest")
+
+
+def check_column_shards(folder: Path, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that the optimizers keep as many numbers a row as the checkpoint does.
+
+    Row-wise Adagrad keeps one for each column shard of a table: the mean of other columns' squared gradients each.
+
+    Args:
+        folder: A checkpoint whose manifest has been verified.
+        state: State of the optimizers that it is to be loaded into, by parameter.
+
+    Raises:
+        CheckpointError: If a table has another number of column shards than when it was saved.
+    """
+    saved = read_metadata(folder).state_dict_metadata
+    for name, values in state.items():
+        table = saved.get(f"model.{name.removeprefix('tables.')}")
+        for key, value in values.items():
+            entry = saved.get(f"optimizer.state.{name}.{key}")
+            if not isinstance(table, TensorStorageMetadata) or not isinstance(entry, TensorStorageMetadata):
+                continue
+            if not isinstance(value, ShardedTensor) or len(value.size()) != 1:
+                continue
+            now, then = (size[0] // table.size[0] for size in (value.size(), entry.size))
+            if now != then and value.size()[0] == now * table.size[0]:
+                raise CheckpointError(
+                    f"checkpoint {folder} has an optimizer state for each of {then} column shards of "
+                    f"{key.split('.')[0]}, this plan needs {now}; shard the table column-wise if it was and not "
+                    "otherwise, or train with --embeddings.optimizer adagrad, whose state any plan can read"
+                )
 
 
 class MetadataReader(FileSystemReader):

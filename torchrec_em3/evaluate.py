@@ -18,6 +18,7 @@ from torchrec_em3.datasets.loader import batch_loader
 from torchrec_em3.datasets.prepared import PreparedData, Split
 from torchrec_em3.datasets.recent_events import ShardRows
 from torchrec_em3.errors import NumericError
+from torchrec_em3.faults import fault_point
 from torchrec_em3.metrics import attainable_auc, ranking_metrics, sliced_metrics
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.sharding import ShardedModel
@@ -97,6 +98,7 @@ def predict(
         item = batch.sparse[TARGET].values()
         parts.append([column[real].numpy() for column in (batch.user, item, batch.label, output.logit.cpu())])
     sharded.module.train()
+    fault_point("metrics")
     gathered = ranks.gather(parts)
     if gathered is None:
         return None

@@ -55,6 +55,7 @@ class CheckedPipeline(TrainPipelineBase[PendingBatch, Output]):
         started = time.perf_counter()
         batch = super()._next_batch(dataloader_iter)
         self.loading_seconds += time.perf_counter() - started
+        fault_point("batch")
         with self._stream_context(self._memcpy_stream):
             self._next = None if batch is None else self._sharded.model.ask(batch.to(self._device, non_blocking=True))
         return self._next
@@ -63,9 +64,11 @@ class CheckedPipeline(TrainPipelineBase[PendingBatch, Output]):
         self._cur_batch = cur_batch  # `_next_batch` copied it, since its ids are sent from there
 
     def _wait_for_batch(self, cur_batch: PendingBatch) -> None:
+        fault_point("exchange")
         with self._stream_context(self._memcpy_stream):
             cur_batch.receive()
         super()._wait_for_batch(cur_batch)
+        fault_point("forward")
 
     def _backward(self, losses: Tensor) -> None:
         if self._next is not None:

@@ -100,6 +100,7 @@ def _constraints(model: EM3Model, config: Config, cluster: Cluster) -> dict[str,
         kernels.append(EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
     single = config.embeddings.tables
     history = float(config.loader.max_history)
+    rows = {name.split(".")[-2]: len(table) for name, table in model.named_parameters() if ".tables." in name}
     constraints = {}
     for module in model.modules():
         if isinstance(module, UserEmbedding | UserIdEmbedding | ItemEmbedding):
@@ -113,7 +114,11 @@ def _constraints(model: EM3Model, config: Config, cluster: Cluster) -> dict[str,
                         f"{cluster.world_size} ranks"
                     )
                 constraints[name] = ParameterConstraints(
-                    sharding_types=[ShardingType.ROW_WISE.value] if managed else list(table.sharding) or types,
+                    sharding_types=(
+                        [ShardingType.ROW_WISE.value]
+                        if managed
+                        else _suitable(list(table.sharding) or types, name, rows[name], cluster)
+                    ),
                     compute_kernels=kernels[:1] if managed else list(table.kernels) or kernels,
                     pooling_factors=pooling,
                     cache_params=None if table.cached_share is None else CacheParams(load_factor=table.cached_share),
@@ -124,6 +129,24 @@ def _constraints(model: EM3Model, config: Config, cluster: Cluster) -> dict[str,
             f"tables: {', '.join(constraints)}.{closest(name, list(constraints))}"
         )
     return constraints
+
+
+def _suitable(types: list[str], name: str, rows: int, cluster: Cluster) -> list[str]:
+    """Leave out row-wise on a CPU where a rank would have no row of the table.
+
+    fbgemm's CPU kernel looks for the size of a shard without rows beyond the end of its list of sizes; it depends on
+    what lies there in memory whether it fails ("more than 2B rows").
+    """
+    block = -(-rows // cluster.world_size)
+    if cluster.device != "cpu" or block * (cluster.world_size - 1) < rows:
+        return types
+    suitable = [kind for kind in types if kind != ShardingType.ROW_WISE.value]
+    if not suitable:
+        raise ConfigError(
+            f"{name} has {rows} rows, which row_wise cuts into blocks of {block} that do not reach all of "
+            f"{cluster.world_size} ranks, as they must on a CPU; name table_wise in --embeddings.tables.{name}.sharding"
+        )
+    return suitable
 
 
 def _planner(model: EM3Model, config: Config, cluster: Cluster, report: PlanReport) -> EmbeddingShardingPlanner:

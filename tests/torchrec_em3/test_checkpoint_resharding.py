@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.planner.constants import MIN_CW_DIM
 
 import tests.tiny_parts  # noqa: F401
 from tests.gang import Gang
@@ -15,6 +16,7 @@ from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder
 from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConfig
 from torchrec_em3.datasets.loader import BatchStream
+from torchrec_em3.errors import CheckpointError
 from torchrec_em3.parts import load_builtin_parts
 from torchrec_em3.pipeline import CheckedPipeline
 from torchrec_em3.process_group import process_group
@@ -22,6 +24,15 @@ from torchrec_em3.sharding import ShardedModel
 
 pytestmark = pytest.mark.slow
 GLOBAL_BATCH = 128
+WORLD_SIZES = (1, 2, 4, 2, 1)
+PLANS = [
+    ("rowwise_adagrad", ["table_wise", "row_wise", "row_wise", "table_wise", "row_wise"]),
+    ("rowwise_adagrad", ["column_wise"] * 5),
+    ("adagrad", ["table_wise", "row_wise", "column_wise", "row_wise", "column_wise"]),
+]
+"""Optimizer of the tables, and how these are sharded at each number of ranks."""
+SMALL = ("age_group_table", "region_table")
+"""Too few rows for each of four ranks to have one."""
 Pieces = list[tuple[tuple[int, ...], np.ndarray]]
 
 
@@ -91,30 +102,31 @@ def whole(results: list[dict[str, Any]], which: str) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def gangs() -> Iterator[dict[int, Gang]]:
-    with Gang(1, timeout=240) as one, Gang(2, timeout=240) as two:
-        yield {1: one, 2: two}
+    with Gang(1, timeout=240) as one, Gang(2, timeout=240) as two, Gang(4, timeout=240) as four:
+        yield {1: one, 2: two, 4: four}
 
 
-@pytest.mark.parametrize(
-    "path",
-    [((2, "row_wise"), (1, "table_wise"), (2, "table_wise")), ((1, "row_wise"), (2, "row_wise"), (1, "table_wise"))],
-)
-def test_everything_arrives_on_other_ranks(
-    gangs: dict[int, Gang], tiny_data: Path, tmp_path: Path, path: tuple[tuple[int, str], ...]
-) -> None:
-    config = Config(
-        data=str(tiny_data),
+def config_for(data: Path, sharding: str, optimizer: str, seed: int) -> Config:
+    """A model whose tables, under column-wise sharding, are cut in two."""
+    tables = {name: {"sharding": ["table_wise"]} for name in SMALL} if sharding == "row_wise" else {}
+    return Config(
+        data=str(data),
+        seed=seed,
         loader=LoaderConfig(max_history=10),
-        model=ModelConfig(embedding_dim=8, unknown_id_rate=0.0, alignment_weight=0.5),
-        embeddings=EmbeddingConfig(optimizer="rowwise_adagrad"),
+        model=ModelConfig(embedding_dim=2 * MIN_CW_DIM, unknown_id_rate=0.0, alignment_weight=0.5),
+        embeddings=EmbeddingConfig(optimizer=optimizer, sharding=sharding, tables=tables),  # type: ignore[arg-type]
     )
 
-    def under(sharding: str, seed: int) -> Config:
-        return dataclasses.replace(
-            config, seed=seed, embeddings=dataclasses.replace(config.embeddings, sharding=sharding)
-        )
 
-    (first, plan), *others = path
+@pytest.mark.fault
+@pytest.mark.parametrize(("optimizer", "plans"), PLANS, ids=["rowwise", "columns", "all"])
+def test_everything_arrives_on_other_ranks(
+    gangs: dict[int, Gang], tiny_data: Path, tmp_path: Path, optimizer: str, plans: list[str]
+) -> None:
+    def under(sharding: str, seed: int) -> Config:
+        return config_for(tiny_data, sharding, optimizer, seed)
+
+    (first, plan), *others = zip(WORLD_SIZES, plans, strict=True)
     saved = whole(gangs[first].run(go, under(plan, 0), tmp_path, None, 4, 1), "held")
     assert any("pool" in name and np.abs(value).max() > 0 for name, value in saved.items()), "the bank is compared"
     for part in ("average/", "/exp_avg_sq", "momentum1"):
@@ -125,9 +137,28 @@ def test_everything_arrives_on_other_ranks(
         assert loaded.keys() == saved.keys()
         for name, value in saved.items():
             np.testing.assert_array_equal(loaded[name], value, err_msg=name)
-    last = len(path)
+    last = len(plans)
     losses = [
-        np.mean([rank["loss"] for rank in gangs[n].run(go, under("row_wise", 9), tmp_path, last, 2, None)], axis=0)
+        np.mean([rank["loss"] for rank in gangs[n].run(go, under(plans[-1], 9), tmp_path, last, 2, None)], axis=0)
         for n in (1, 2)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "said"),
+    [
+        ("table_wise", "column_wise", "each of 1 column shards of user_table, this plan needs 2"),
+        ("column_wise", "table_wise", "each of 2 column shards of user_table, this plan needs 1"),
+    ],
+)
+def test_rowwise_adagrad_is_not_moved_to_or_from_column_shards(
+    tiny_data: Path, tmp_path: Path, saved: str, loaded: str, said: str
+) -> None:
+    """Refused by one line when training goes on; to use the model, any plan will do."""
+    go(config_for(tiny_data, saved, "rowwise_adagrad", 0), tmp_path, None, 1, 1)
+    other = config_for(tiny_data, loaded, "rowwise_adagrad", 1)
+    with pytest.raises(CheckpointError, match=said):
+        go(other, tmp_path, 1, 0, None)
+    with process_group() as ranks:
+        CheckpointFolder(tmp_path, ranks).load(1, build_sharded(other, open_data(other), ranks), optimizer=False)

@@ -18,9 +18,15 @@ from torchrec_em3.faults import VARIABLE, fault_point
 ROOT = Path(torchrec_em3.__file__).parents[1]
 SAVE_PLACES = ["save.start", "save.shard", "save.metadata", "save.progress", "save.manifest", "save.done"]
 STEP_PLACES = ["step", "backward", "optimizer", "validate", "load"]
+STEP_PHASES = ["batch", "exchange", "forward", "backward", "optimizer"]
+PHASES = {**dict.fromkeys(STEP_PHASES, 16), "validate": 2, "metrics": 2, "save.start": 3, "save.shard": 3}
+"""What both ranks pass through, and the time at which a fault strikes there, after the checkpoint of step 14."""
+PHASE_FAULTS = [f"{place}:{rank}:{count}" for place, count in PHASES.items() for rank in (0, 1)]
+ALWAYS = ("optimizer:0:16", "save.shard:1:3")
+"""Those that are tried whenever the tests run."""
 IN_BACKGROUND = ["--train.async_checkpoints", "true"]
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1", "-m"]
-SECONDS = 200
+SECONDS = 800
 
 
 def command(data: Path, run: Path, *more: str) -> list[str]:
@@ -30,9 +36,16 @@ def command(data: Path, run: Path, *more: str) -> list[str]:
     return ["torchrec_em3", "train", "--data", str(data), "--run_folder", str(run), *options.split(), *more]
 
 
+def torchx_command(config: Path, data: Path, run: Path) -> list[str]:
+    options = f"-j 1x2 --config {config} --data {data} --run {run} --max_retries 1"
+    launcher = f"torchx.cli.main run -s local_cwd -cfg log_dir={run.parent} torchx_specs/train.py:train"
+    return [*launcher.split(), *options.split()]
+
+
 def environment(fault: str | None = None) -> dict[str, str]:
     faults = {} if fault is None else {VARIABLE: fault}
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    alone["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{alone['PATH']}"  # TorchX starts torchrun by its name
     return {**alone, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **faults}
 
 
@@ -75,6 +88,7 @@ def calm(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_at_random_instants(tiny_data: Path, tmp_path: Path, calm: Path) -> None:
@@ -97,6 +111,7 @@ def test_killed_at_random_instants(tiny_data: Path, tmp_path: Path, calm: Path) 
     same_result(run, calm)
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
@@ -137,18 +152,43 @@ def calm_two(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("place", "options"), [("optimizer:1:16", []), ("save.shard:1:3", []), ("save.shard:1:3", IN_BACKGROUND)]
+    "fault", [pytest.param(fault, marks=[] if fault in ALWAYS else pytest.mark.long) for fault in PHASE_FAULTS]
 )
-def test_torchrun_continues_when_a_rank_is_killed(
-    tiny_data: Path, tmp_path: Path, calm_two: Path, place: str, options: list[str]
+def test_a_rank_killed_in_any_phase_starts_again(tiny_data: Path, tmp_path: Path, calm_two: Path, fault: str) -> None:
+    recovers([*TORCHRUN, *command(tiny_data, tmp_path / "run")], tmp_path, calm_two, fault)
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_rank_killed_in_a_background_save_starts_again(tiny_data: Path, tmp_path: Path, calm_two: Path) -> None:
+    arguments = [*TORCHRUN, *command(tiny_data, tmp_path / "run", *IN_BACKGROUND)]
+    recovers(arguments, tmp_path, calm_two, "save.shard:1:3")
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.long) for n in range(1, 20))])
+def test_torchx_goes_on_when_a_rank_is_killed_in_a_step(
+    tiny_data: Path, tmp_path: Path, calm_two: Path, number: int
 ) -> None:
-    run = tmp_path / "run"
-    assert finish([*TORCHRUN, *command(tiny_data, run, *options)], tmp_path / "log", f"{place}:kill") == 0
-    assert "resumed at step" in (tmp_path / "log").read_text(), "the second attempt went on from a checkpoint"
-    same_result(run, calm_two)
+    """By `torchx run -s local_cwd`; place, rank and step are drawn, this after the first checkpoint."""
+    draw = random.Random(number)
+    place, rank, count = draw.choice(STEP_PHASES), draw.randrange(2), draw.randrange(9, 34)
+    arguments = torchx_command(calm_two / "config.yaml", tiny_data, tmp_path / "run")
+    recovers(arguments, tmp_path, calm_two, f"{place}:{rank}:{count}")
+
+
+def recovers(arguments: list[str], folder: Path, calm: Path, fault: str) -> None:
+    """Run two ranks of which one is killed, and compare with a run that nothing disturbs."""
+    assert finish(arguments, folder / "log", f"{fault}:kill") == 0
+    assert "resumed at step" in (folder / "log").read_text(), "the second attempt went on from a checkpoint"
+    same_result(folder / "run", calm)
 
 
 def test_faults_are_refused_outside_tests(monkeypatch: pytest.MonkeyPatch) -> None:

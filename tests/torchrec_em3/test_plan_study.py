@@ -164,6 +164,22 @@ def test_constraints_on_single_tables_are_kept() -> None:
     assert (plan["user_table"]["sharding_type"], plan["item_table"]["sharding_type"]) == ("table_wise", "row_wise")
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_no_rank_is_left_without_a_row_on_a_cpu(rows: int) -> None:
+    """With row 0 there is one more; 6 rows are cut into 2, 2, 2 and none."""
+    schema, four = planned_schema(f"user=1000,item=1000,gender={rows}", ""), Cluster(world_size=4, local_world_size=4)
+    assert tables(plan_for(schema, config(), four))["gender_table"]["sharding_type"] == "table_wise"
+    said = rf"gender_table has {rows + 1} rows, .* all of 4 ranks, .* table_wise in --embeddings.tables.gender_table"
+    with pytest.raises(ConfigError, match=said):
+        plan_for(schema, config(sharding="row_wise"), four)
+
+
+def test_rows_that_reach_all_ranks_may_be_sharded_by_row_on_a_cpu() -> None:
+    schema, four = planned_schema("user=1000,item=1000,gender=6", ""), Cluster(world_size=4, local_world_size=4)
+    plan = tables(plan_for(schema, config(sharding="row_wise"), four))
+    assert [shard["size"][0] for shard in plan["gender_table"]["shards"]] == [2, 2, 2, 1]
+
+
 def test_a_cache_on_the_device_takes_its_share_of_the_rows() -> None:
     schema, cluster = planned_schema("user=1000,item=1e8", ""), read_cluster("8xH100")
 
