@@ -1,10 +1,10 @@
 """Break runs and checkpoints on purpose, as often as docs/reliability.md says, and count what holds.
 
-    OMP_NUM_THREADS=1 python benchmarks/faults.py [-k EXPRESSION]
+    OMP_NUM_THREADS=1 python benchmarks/faults.py [--only EXPRESSION]
 
 Runs the tests marked `fault` with all of their repetitions, of which `make test` runs the first ones alone, and prints
-a Markdown table of how many of each passed, also when it is interrupted. Options are pytest's. Whole trainings are
-killed and started again, one after the other.
+a Markdown table of how many of each passed, also when it is interrupted. Whole trainings are killed and started again,
+one after the other.
 """
 
 import sys
@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from jsonargparse import auto_cli
 
 TESTS = Path(__file__).parents[1] / "tests" / "torchrec_em3"
 
@@ -37,8 +38,17 @@ class Counts:
         return "\n".join(["| test | passed |", "|---|---:|", *lines])
 
 
-if __name__ == "__main__":
+def main(only: str = "") -> None:
+    """Run the tests and print the table.
+
+    Args:
+        only: Tests to run, as pytest's -k names them; all if empty.
+    """
     counts = Counts()
-    code = pytest.main(["-m", "fault", *sys.argv[1:], str(TESTS)], plugins=[counts])
+    code = pytest.main(["-m", "fault", "-k", only, str(TESTS)], plugins=[counts])
     print(counts.table())
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

@@ -1,6 +1,6 @@
 """Tables of a suite from results.jsonl: mean, deviation, number of seeds, and paired tests between rows.
 
-    python benchmarks/tables.py --suite movielens [--results FILE] [--out benchmarks/results/movielens.md]
+    python benchmarks/tables.py --suite movielens [--results FILE] [--out benchmarks/results/suite-movielens.md]
 
 Runs of several commits are never put into one table; nor are two preparations of one data set.
 """
@@ -45,7 +45,7 @@ def main(suite: str, results: str = "runs/benchmark/results.jsonl", commit: str 
         suite: Suite whose runs are wanted.
         results: File of finished runs.
         commit: Runs of this commit; needed where there are several.
-        out: Markdown file; benchmarks/results/SUITE.md if not given.
+        out: Markdown file; benchmarks/results/suite-SUITE.md if not given.
     """
     records = [record for record in Ledger(Path(results)).read() if record["suite"] == suite]
     records = [record for record in records if record["commit"].startswith(commit)]
@@ -53,7 +53,7 @@ def main(suite: str, results: str = "runs/benchmark/results.jsonl", commit: str 
     parts = [_heading(suite, records)]
     for (dataset, split, group), rows in _grouped(records).items():
         parts.append(_section(dataset, split, group, rows, _models(records, dataset, split)))
-    path = Path(out or f"benchmarks/results/{suite}.md")
+    path = Path(out or f"benchmarks/results/suite-{suite}.md")
     path.write_text("\n".join(parts), encoding="utf-8")
     print("\n".join(parts))
 

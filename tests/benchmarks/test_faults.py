@@ -1,3 +1,5 @@
+"""How the repetitions of faults are counted."""
+
 from typing import Literal
 
 import pytest
