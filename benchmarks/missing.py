@@ -9,19 +9,21 @@ Each share of the items loses one of its modalities, drawn at random and the sam
 import json
 import re
 import shlex
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command import run_em3
 from jsonargparse import auto_cli
-from ledger import ROOT, Ledger
+from ledger import Ledger
+from tables import COLUMNS, figure_at, mean_cell
 from tqdm import tqdm
 
 SHARES = (0.1, 0.3, 0.5, 0.7)
-COLUMNS = {"AUC": ("auc",), "AUC, items of 0 training rows": ("slices", "item_frequency", "0", "auc")}
+SHOWN = ("AUC", "AUC, items of 0 training rows")
+"""Columns of the suites' tables, for all shares of the first and then of the second."""
 
 
 def main(suite: str, only: str, work: str = "runs/benchmark", out: str = "") -> None:
@@ -59,10 +61,7 @@ def _measure(run: Path, share: float) -> dict[str, Any]:
     """Return the test metrics of a run of whose items this share lacks a modality."""
     path = run / f"robustness-{share:g}-seed-0.json"
     if not path.is_file():
-        command = [sys.executable, "-m", "torchrec_em3", "evaluate", str(run.resolve()), "--drop_modality", str(share)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+        run_em3(Path(f"{run}.log"), "evaluate", str(run.resolve()), "--drop_modality", str(share))
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["test"]
     return found
 
@@ -82,19 +81,12 @@ def _heading(records: list[dict[str, Any]]) -> str:
 
 
 def _line(name: str, cells: dict[float, list[dict[str, Any]]]) -> str:
-    figures = []
-    for column in COLUMNS.values():
-        for found in cells.values():
-            values = np.array([_at(metrics, column) for metrics in found])
-            deviation = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
-            figures.append(f"{values.mean():.4f}{deviation}")
+    figures = [
+        mean_cell(np.array([figure_at(metrics, COLUMNS[column]) for metrics in found], dtype=np.float64))
+        for column in SHOWN
+        for found in cells.values()
+    ]
     return f"| {name} | {len(cells[0.0])} | {' | '.join(figures)} |"
-
-
-def _at(values: Any, path: tuple[str, ...]) -> float:
-    for name in path:
-        values = values[name]
-    return float(values)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,14 @@ anew, in a folder of their own. Needs benchmarks/requirements.txt.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from command import run_em3
 from jsonargparse import auto_cli
 from ledger import ROOT, Ledger, commit_of, hash_of
 from search import search
@@ -53,7 +51,7 @@ def main(
         raise SystemExit(f"--only {only} matches none of {', '.join(_name(*cell) for cell in chosen.cells())}")
     for data, arguments in sorted({matrix.preparation(dataset, split) for dataset, split, _ in cells}):
         if not Path(data).is_dir():
-            _em3(Path(data + ".log"), "prepare", *arguments)
+            run_em3(Path(data + ".log"), "prepare", *arguments)
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(cells), unit="row") as bar:
         for _ in pool.map(lambda cell: (matrix.run(*cell), bar.update()), cells):
             pass
@@ -119,7 +117,7 @@ class _Matrix:
                 continue
             run = folder / (f"trial-{number}" if seed == 0 else f"seed-{seed}")
             if seed == 0:
-                _em3(Path(f"{run}.log"), "evaluate", str(run))
+                run_em3(Path(f"{run}.log"), "evaluate", str(run))
             else:
                 self._train(run, data, {**fixed, **best, "seed": seed})
             chosen = {"seed": seed, "config": hash_of(config), "options": {**fixed, **best}, "search": tried}
@@ -136,28 +134,11 @@ class _Matrix:
             return
         told = [part for name, value in options.items() for part in (f"--{name}", _text(value))]
         arguments = ["--config", str(ROOT / self.suite.config), "--data", data, "--run", str(run), "--overwrite"]
-        _em3(Path(f"{run}.log"), "train", *arguments, *told, *more)
+        run_em3(Path(f"{run}.log"), "train", *arguments, *told, *more)
 
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _em3(log: Path, *arguments: str) -> None:
-    """Run a command on one thread; what it prints goes into `log`."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        done = subprocess.run(
-            [sys.executable, "-m", "torchrec_em3", *arguments],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=file,
-            stderr=file,
-            check=False,
-        )
-    if done.returncode:
-        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
-        raise SystemExit(f"em3 {' '.join(arguments)} ended with {done.returncode}: {' '.join(last)} (see {log})")
 
 
 def _best_validation(run: Path) -> float:

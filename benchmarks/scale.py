@@ -1,6 +1,6 @@
 """What size costs: plans of tables up to 10^10 rows, tables that train here, long histories, the loader, two processes.
 
-    OMP_NUM_THREADS=1 python benchmarks/scale.py [--only plans history] [--out benchmarks/results/scale.md]
+    OMP_NUM_THREADS=1 python benchmarks/scale.py [--only '[plans, history]'] [--out benchmarks/results/scale.md]
 
 Each part is a Markdown table. Those that train start processes of their own, on one thread each, with synthetic data:
 Zipf(1.1) items, random tokens of the shapes of the default encoders. Times are of the machine as it is; run it alone.

@@ -133,7 +133,7 @@ def _section(
 
 
 def _line(label: str, cell: Cell) -> str:
-    figures = [_mean(column) for column in _columns(cell.values())]
+    figures = [mean_cell(column) for column in _columns(cell.values())]
     cost = np.mean([record["cpu_seconds_per_1k"] for record in cell.values()])
     return f"| {label} | {len(cell)} | {' | '.join(figures)} | {cost:.3f} |"
 
@@ -155,17 +155,19 @@ def _difference(cell: Cell, other: Cell, name: str) -> str:
 def _columns(records: Iterable[Record]) -> Iterator[np.ndarray]:
     kept = list(records)
     for path in COLUMNS.values():
-        yield np.array([_at(record["test"], path) for record in kept], dtype=np.float64)
+        yield np.array([figure_at(record["test"], path) for record in kept], dtype=np.float64)
 
 
-def _at(values: Any, path: tuple[str, ...]) -> float | None:
+def figure_at(values: Any, path: tuple[str, ...]) -> float | None:
+    """Return what stands in metrics under these names, one within the other; None is undefined."""
     for name in path:
         values = values[name]
     found: float | None = values
     return found
 
 
-def _mean(column: np.ndarray) -> str:
+def mean_cell(column: np.ndarray) -> str:
+    """Return mean and standard deviation of the seeds' values, as a cell of a table."""
     if np.isnan(column).any():
         return "undefined"
     deviation = f" ± {column.std(ddof=1):.4f}" if len(column) > 1 else ""

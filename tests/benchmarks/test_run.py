@@ -3,7 +3,7 @@
 import itertools
 import json
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     (tmp_path / "suites" / "rows.yaml").write_text((suite.SUITES / "rows.yaml").read_text())
     monkeypatch.setattr(suite, "SUITES", tmp_path / "suites")
     run = load(monkeypatch, "run")
-    monkeypatch.setattr(run, "_em3", Program())
+    monkeypatch.setattr(run, "run_em3", Program())
     monkeypatch.setattr(run, "commit_of", lambda: "c0ffee")
     return run
 
@@ -89,7 +89,7 @@ def results(work: Path) -> list[dict[str, Any]]:
 
 
 def test_a_row_is_searched_once_and_its_test_split_read_once_a_seed(script: ModuleType, tmp_path: Path) -> None:
-    program = script._em3
+    program = script.run_em3
     options = {"suite": "small", "dataset_dir": str(tmp_path), "work": str(tmp_path / "work"), "trials": 3}
     script.main(**options, seeds=2, only="tiny/temporal/DIN, (ID-only|EM3)$")
     assert [program.count(name) for name in ("prepare", "train", "evaluate")] == [1, 2 * (3 + 1), 2]
@@ -114,7 +114,7 @@ def test_runs_of_another_commit_start_anew(script: ModuleType, tmp_path: Path, m
     script.main(**options, only="tiny/temporal/DIN, EM3$")
     monkeypatch.setattr(script, "commit_of", lambda: "beef")
     script.main(**options, only="tiny/temporal/DIN, EM3$")
-    assert script._em3.count("train") == 2
+    assert script.run_em3.count("train") == 2
     with pytest.raises(SystemExit, match="matches none of tiny/temporal/DIN, ID-only"):
         script.main(**options, only="nothing")
     tables = load(monkeypatch, "tables")
@@ -166,20 +166,19 @@ def test_missing_modalities_are_measured_once_for_runs_with_content(
     work, out = tmp_path / "work", tmp_path / "out.md"
     script.main("small", str(tmp_path), str(work), trials=1, seeds=2, only="tiny/temporal/DLRM")
     missing = load(monkeypatch, "missing")
-    asked: list[list[str]] = []
+    asked: list[tuple[str, ...]] = []
 
-    def evaluate(command: list[str], **_: Any) -> Any:
-        asked.append(command)
-        run, share = Path(command[command.index("evaluate") + 1]), float(command[-1])
+    def evaluate(log: Path, *arguments: str) -> None:
+        asked.append(arguments)
+        run, share = Path(arguments[1]), float(arguments[-1])
         metrics = json.loads((run / "summary.json").read_text())["test"]
         metrics = metrics | {"auc": metrics["auc"] - 0.1 * share}
         (run / f"robustness-{share:g}-seed-0.json").write_text(json.dumps({"test": metrics}))
-        return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(missing.subprocess, "run", evaluate)
+    monkeypatch.setattr(missing, "run_em3", evaluate)
     for _ in range(2):
         missing.main("small", "temporal", str(work), str(out))
-    assert len(asked) == len(set(map(tuple, asked))) == 2 * 2 * len(missing.SHARES)
+    assert len(asked) == len(set(asked)) == 2 * 2 * len(missing.SHARES)
     text = out.read_text()
     assert "ID-only" not in text
     assert "| tiny/temporal/DLRM, EM3 | 2 | 0.7050 ± 0.0071 | 0.6950 ± 0.0071 | 0.6750" in text

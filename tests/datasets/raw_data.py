@@ -1,8 +1,10 @@
 """Raw data for the tests of datasets/: a random but seeded RawDataset of any size."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from torchrec_em3.datasets.raw import RawDataset, RawItems
 
@@ -40,3 +42,9 @@ def make_raw(
         image_root=image_root,
         user_features={"taste": {f"u{number}": "xyz"[number % 3] for number in range(num_users - 1)}},
     )
+
+
+def with_dictionaries(raw: RawDataset) -> RawDataset:
+    """Return the same data with its ids as dictionaries."""
+    encoded = {name: pa.array(getattr(raw, name)).dictionary_encode() for name in ("user_id", "item_id")}
+    return replace(raw, **encoded)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.datasets.raw_data import make_raw
+from tests.datasets.raw_data import make_raw, with_dictionaries
 from torchrec_em3.datasets.checks import check_raw
 from torchrec_em3.datasets.raw import RawDataset
 from torchrec_em3.errors import DataError
@@ -115,9 +115,10 @@ def test_feature_names_that_would_collide_or_leave_the_folder(name: str) -> None
 
 def test_ids_may_be_a_dictionary() -> None:
     raw = make_raw()
-    encoded = {name: pa.array(getattr(raw, name)).dictionary_encode() for name in ("user_id", "item_id")}
-    check_raw(replace(raw, **encoded))
-    for name, ids in encoded.items():
+    encoded = with_dictionaries(raw)
+    check_raw(encoded)
+    for name in ("user_id", "item_id"):
+        ids = getattr(encoded, name)
         dictionary = ids.dictionary.to_pylist()
         empty = pa.DictionaryArray.from_arrays(ids.indices, pa.array(["", *dictionary[1:]]))
         with pytest.raises(DataError, match=f"row 0: {name} is empty"):

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -209,15 +208,6 @@ def test_a_modality_that_no_item_has_is_left_out(tmp_path: Path, caplog: pytest.
     assert not (tmp_path / "data" / "tokens" / "image").exists()
     assert "image: the catalogue names none; left out" in caplog.text
     PreparedData.open(tmp_path / "data").verify()
-
-
-def test_wider_tokens_are_reduced(tmp_path: Path) -> None:
-    options = PrepareOptions(text_encoder="tiny_text", image_encoder="none", token_dim=5)
-    meta = prepare(make_raw(), tmp_path / "data", options)
-    assert [meta["modalities"]["text"][key] for key in ("dim", "encoder_dim")] == [5, 8]
-    data = PreparedData.open(tmp_path / "data")
-    assert TokenStore(data.tokens_folder).fetch(torch.tensor([1]))["text"].tokens_UTD.shape == (1, 6, 5)
-    data.verify()
 
 
 def test_the_same_data_and_seed_give_the_same_hash(tmp_path: Path) -> None:

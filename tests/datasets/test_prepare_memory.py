@@ -1,16 +1,14 @@
 """Preparing a few events at a time: the same numbers as all at once, and a bound on the bytes that an event takes."""
 
 import tracemalloc
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.datasets.raw_data import make_raw
+from tests.datasets.raw_data import make_raw, with_dictionaries
 from torchrec_em3.datasets import ids, ordered_events, user_groups
 from torchrec_em3.datasets.indexing import IndexedDataset, index_dataset
 from torchrec_em3.datasets.prepare import PrepareOptions, prepare
@@ -27,11 +25,6 @@ end of the history, item of the history (26); the others are temporary."""
 def small_steps(patch: pytest.MonkeyPatch, size: int) -> None:
     patch.setattr(ids, "_CHUNK", size)
     patch.setattr(user_groups, "_GROUP_EVENTS", size)
-
-
-def with_dictionaries(raw: RawDataset) -> RawDataset:
-    encoded = {name: pa.array(getattr(raw, name)).dictionary_encode() for name in ("user_id", "item_id")}
-    return replace(raw, **encoded)
 
 
 def check_equal(one: IndexedDataset, other: IndexedDataset) -> None:

@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+import tests.tiny_parts  # noqa: F401  registers the tiny encoders
+from tests.datasets.raw_data import make_raw
 from torchrec_em3.datasets import token_reduction
+from torchrec_em3.datasets.prepare import PrepareOptions, prepare
+from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.datasets.token_reduction import reduce_tokens
 from torchrec_em3.datasets.tokens import TokenStore
 
@@ -66,3 +70,12 @@ def test_the_store_reads_as_before_but_for_the_width(tmp_path: Path, monkeypatch
     assert not tokens_UTD[~valid_UT].any()
     meta = json.loads((tmp_path / "text" / "meta.json").read_text())
     assert (meta["dim"], meta["encoder_dim"]) == (3, WIDTH)
+
+
+def test_prepare_reduces_wider_tokens(tmp_path: Path) -> None:
+    options = PrepareOptions(text_encoder="tiny_text", image_encoder="none", token_dim=5)
+    meta = prepare(make_raw(), tmp_path / "data", options)
+    assert [meta["modalities"]["text"][key] for key in ("dim", "encoder_dim")] == [5, 8]
+    data = PreparedData.open(tmp_path / "data")
+    assert TokenStore(data.tokens_folder).fetch(torch.tensor([1]))["text"].tokens_UTD.shape == (1, 6, 5)
+    data.verify()
