@@ -23,6 +23,8 @@ from search import search
 from suite import DataSet, Row, Suite, load_suite
 from tqdm import tqdm
 
+from torchrec_em3.datasets.prepared import hash_content
+
 
 def main(
     suite: str,
@@ -61,6 +63,15 @@ def _name(dataset: DataSet, split: str, row: Row) -> str:
     return f"{dataset.name}/{split}/{row.label}"
 
 
+def _hash_of_data(folder: Path, meta: dict[str, Any]) -> str:
+    """Return a hash of events, split, codes and encoders.
+
+    Tokens are left out: one encoder's differ by rounding from one CPU to another, and a matrix may be run on several.
+    """
+    contents = [hash_content(folder / name) for name in ("interactions", "history", "vocab", "codes")]
+    return hash_of([contents, {name: meta[name] for name in ("dataset", "split", "seed", "counts", "modalities")}])
+
+
 def _slug(label: str) -> str:
     return re.sub(r"[^a-z0-9._]+", "-", label.lower()).strip("-")
 
@@ -93,7 +104,7 @@ class _Matrix:
             "ranker": row.ranker,
             "row": row.name,
             "commit": self.commit,
-            "data": {"name": meta["dataset"], "hash": meta["content_hash"][:16], "counts": meta["counts"]},
+            "data": {"name": meta["dataset"], "hash": _hash_of_data(Path(data), meta), "counts": meta["counts"]},
             "trials": self.trials,
         }
         fixed = {**dataset.options, **row.options}

@@ -2,7 +2,8 @@
 
     python benchmarks/tables.py --suite movielens [--results FILE] [--out benchmarks/results/suite-movielens.md]
 
-Runs of several commits are never put into one table; nor are two preparations of one data set.
+Runs of several commits are never put into one table; nor are two preparations of one data set. Tables of one
+document may be of different commits, since a matrix takes longer than a version of the code lives; each says which.
 """
 
 import shlex
@@ -44,7 +45,7 @@ def main(suite: str, results: str = "runs/benchmark/results.jsonl", commit: str 
     Args:
         suite: Suite whose runs are wanted.
         results: File of finished runs.
-        commit: Runs of this commit; needed where there are several.
+        commit: Runs of this commit; needed where a table has several.
         out: Markdown file; benchmarks/results/suite-SUITE.md if not given.
     """
     records = [record for record in Ledger(Path(results)).read() if record["suite"] == suite]
@@ -62,22 +63,21 @@ def check_alike(records: list[Record]) -> None:
     """Refuse to compare what was not run alike.
 
     Raises:
-        SystemExit: If there are no runs, or runs of several commits, numbers of trials or preparations of a data set.
+        SystemExit: If there are no runs, or those of a data set and split have several commits, numbers of trials or
+            preparations of the data.
     """
     if not records:
         raise SystemExit("no runs of this suite and commit; run benchmarks/run.py first")
-    commits = sorted({record["commit"] for record in records})
-    if len(commits) > 1:
-        raise SystemExit(f"runs of several commits, {', '.join(commits)}; choose one with --commit")
-    trials = sorted({record["trials"] for record in records})
-    if len(trials) > 1:
-        raise SystemExit(f"rows were searched with different effort, {trials} trials; a comparison needs the same")
-    hashes = defaultdict(set)
+    alike: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for record in records:
-        hashes[record["dataset"], record["split"]].add(record["data"]["hash"])
-    for (dataset, split), found in hashes.items():
-        if len(found) > 1:
-            raise SystemExit(f"{dataset}, {split}: runs on {len(found)} preparations of the data, {sorted(found)}")
+        found = alike[f"{record['dataset']}, {record['split']}"]
+        found["commits"].add(record["commit"])
+        found["numbers of trials"].add(str(record["trials"]))
+        found["preparations of the data"].add(record["data"]["hash"])
+    for table, found in alike.items():
+        for what, values in found.items():
+            if len(values) > 1:
+                raise SystemExit(f"{table}: runs of {len(values)} {what}, {', '.join(sorted(values))}")
 
 
 def _grouped(records: Iterable[Record]) -> dict[tuple[str, str, str], dict[tuple[str, str], Cell]]:
@@ -105,7 +105,7 @@ def _heading(suite: str, records: list[Record]) -> str:
         "validation split with seed 0, the same points for every row, and then read the test split once a seed. "
         "Lines in italics: the difference to another row with the same ranker, seed by seed, with the p-value of a "
         "paired t-test. CPU s is of training, per 1,000 rows, on machines with other work. "
-        f"Commit {records[0]['commit']}. Printed by\n\n```\npython {shlex.join(sys.argv)}\n```\n"
+        f"Printed by\n\n```\npython {shlex.join(sys.argv)}\n```\n"
     )
 
 
@@ -118,7 +118,8 @@ def _section(
         f"## {dataset}, `{split}`: {group}\n",
         f"{counts['users']} users, {counts['items']} items; train {counts['train']}, "
         f"validation {counts['validation']}, test {counts['test']} rows; test rows by training rows of the item: "
-        + ", ".join(f"{key}: {part['n']}" for key, part in slices.items()),
+        + ", ".join(f"{key}: {part['n']}" for key, part in slices.items())
+        + f". Commit {first['commit']}.",
         "",
         "| | seeds | " + " | ".join(COLUMNS) + " | CPU s |",
         "|---" * (len(COLUMNS) + 3) + "|",

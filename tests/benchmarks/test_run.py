@@ -39,7 +39,10 @@ class Program:
             folder = Path(values["--out"])
             folder.mkdir(parents=True)
             counts = {"users": 3, "items": 4, "train": 5, "validation": 6, "test": 7}
-            meta = {"dataset": "tiny", "content_hash": "a" * 64, "counts": counts}
+            meta = {"dataset": "tiny", "split": values["--split"], "seed": 0, "counts": counts, "modalities": {}}
+            for part in ("interactions", "tokens"):
+                (folder / part).mkdir()
+                np.save(folder / part / "0.npy", np.arange(3))
             (folder / "meta.json").write_text(json.dumps(meta))
         elif arguments[0] == "train":
             self._train(Path(values["--run"]), values, evaluated="--skip_evaluation" not in arguments)
@@ -118,9 +121,23 @@ def test_runs_of_another_commit_start_anew(script: ModuleType, tmp_path: Path, m
     with pytest.raises(SystemExit, match="matches none of tiny/temporal/DIN, ID-only"):
         script.main(**options, only="nothing")
     tables = load(monkeypatch, "tables")
-    with pytest.raises(SystemExit, match="runs of several commits, beef, c0ffee"):
+    with pytest.raises(SystemExit, match="tiny, temporal: runs of 2 commits, beef, c0ffee"):
         tables.main("small", str(tmp_path / "work" / "results.jsonl"), out=str(tmp_path / "out.md"))
     assert not (tmp_path / "out.md").exists()
+
+
+def test_the_data_are_known_by_their_events_and_not_by_the_rounding_of_tokens(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    script.run_em3(tmp_path / "log", "prepare", "--split", "temporal", "--out", str(data))
+    meta = json.loads((data / "meta.json").read_text())
+    before = script._hash_of_data(data, meta)
+    np.save(data / "tokens" / "0.npy", np.arange(4))
+    assert script._hash_of_data(data, meta) == before
+    assert script._hash_of_data(data, meta | {"modalities": {"text": "another encoder"}}) != before
+    np.save(data / "interactions" / "0.npy", np.arange(4))
+    assert script._hash_of_data(data, meta) != before
 
 
 def test_a_table_compares_seed_by_seed(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +152,12 @@ def test_a_table_compares_seed_by_seed(script: ModuleType, tmp_path: Path, monke
     assert text.count("| *minus frozen content* | 3 | +0.0000, p ") == 1, "EM3 alone is compared with it"
     records = results(tmp_path / "work")
     for change, message in (
-        ({"trials": 2}, "different effort"),
+        ({"trials": 2}, "runs of 2 numbers of trials, 1, 2"),
         ({"data": records[0]["data"] | {"hash": "b"}}, "2 preparations of the data"),
     ):
         with pytest.raises(SystemExit, match=message):
             tables.check_alike([*records, records[0] | change])
+    tables.check_alike([*records, records[0] | {"split": "cold_items", "commit": "beef"}])
     with pytest.raises(SystemExit, match="no runs"):
         tables.check_alike([])
 
