@@ -11,6 +11,7 @@ import torch
 
 import tests.tiny_parts  # noqa: F401  registers the tiny encoders
 from torchrec_em3.cli import run as em3
+from torchrec_em3.commands.report import _read_attention
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.item_attention import ItemAttention, choose_items, read_attention
@@ -114,13 +115,15 @@ def test_darkness_and_marks_follow_the_weights(data: PreparedData) -> None:
     assert (card["overlay"], card["words"]) == ("", [])
 
 
-def test_a_run_without_queries_is_refused_in_one_line(
-    data: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_runs_without_queries_are_passed_over_and_refused_in_one_line_if_there_is_no_other(
+    trained: Path, data: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert em3(["train", "--data", str(data.folder), "--run", str(run), "--model.content", "none", *SMALL]) == 0
+    frozen = ["--model.content", "frozen_pool", "--model.alignment_weight", "0"]
+    assert em3(["train", "--data", str(data.folder), "--run", str(run), *frozen, *SMALL]) == 0
     # The figures of the last lines are for people: four decimals.
     assert re.search(r"test  AUC \d\.\d{4}  items never trained on: AUC \d\.\d{4} \(n=\d+\)", capsys.readouterr().err)
     assert em3(["report", str(run), "--attention", "auto"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "--attention: --model.content none has no queries to show; use a run with fusion_qformer" in line
+    assert "--attention: --model.content frozen_pool has no queries to show; use a run with fusion_qformer" in line
+    assert _read_attention([run, trained], "auto", "").run == trained.name

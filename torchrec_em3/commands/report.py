@@ -8,6 +8,7 @@ from torchrec_em3.datasets.remote_folder import local_folder
 from torchrec_em3.item_attention import choose_items, read_attention
 from torchrec_em3.parsing import CommandParser
 from torchrec_em3.process_group import process_group
+from torchrec_em3.registry import TOWERS
 from torchrec_em3.report import AttentionReading, write_report
 from torchrec_em3.run_folder import read_run
 from torchrec_em3.runlog import configure_logging
@@ -43,8 +44,13 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _read_attention(runs: Sequence[Path], wanted: str, data_folder: str) -> AttentionReading:
-    """Load the first run with a content tower, or the first of all for its error message, and look into its items."""
-    run = next((run for run in runs if read_run(run).model.content != NONE), runs[0])
+    """Look into items by the first run whose tower has queries, or the first of all, which then is refused."""
+    run = next((run for run in runs if _has_queries(run)), runs[0])
     with process_group() as ranks:
         trained = open_trained_run(run, ranks, data_folder)
         return AttentionReading(run.name, read_attention(trained, choose_items(trained.data, wanted)), trained.data)
+
+
+def _has_queries(run: Path) -> bool:
+    tower = read_run(run).model.content
+    return tower != NONE and hasattr(TOWERS.get(tower).build, "token_attention")
