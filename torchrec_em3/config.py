@@ -34,6 +34,9 @@ class LoaderConfig:
     """Rows per step on each rank."""
     max_history: int = 50
     """Most recent events of the user that a row sees."""
+    shuffle: Literal["rows", "strata"] = "rows"
+    """How training rows are shuffled each epoch: rows among all, which every rank then reads, or within 64 strata (runs
+    of time) that all give the same number of rows to each step, so that a rank reads its own strata only."""
     num_workers: int = 0
     """Loader processes per rank; 0 collates in the training process, which is vectorised and usually fast enough."""
 
