@@ -1,7 +1,7 @@
 """The loader alone: rows per second, and what each rank reads of the interactions.
 
 python benchmarks/loader.py --data DATA
-python benchmarks/loader.py --world_size 2 --shuffle strata
+python benchmarks/loader.py --world_size 2 --shuffles '[rows,strata]'
 """
 
 import itertools
@@ -59,13 +59,29 @@ def stored(data: PreparedData) -> tuple[int, int]:
     return sum(chunk.total_compressed_size for chunk in chunks), len(groups)
 
 
+def measure(data: PreparedData, config: Config, ranks: Ranks, steps: int) -> None:
+    """Print what a rank reads until its first batch, and how fast it yields the next ones."""
+    all_bytes, all_groups = stored(data)
+    batches = endless_batches(config, data, ranks)
+    with counted_reads() as reads:
+        next(batches)
+    wall, cpu = time.perf_counter(), time.process_time()
+    rows = sum(len(batch) for batch in itertools.islice(batches, steps))
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    print(
+        f"{config.loader.shuffle}, rank {ranks.rank} of {ranks.world_size}: read {reads.whole_row_groups} of "
+        f"{all_groups} row groups, {reads.bytes / MB:.2f} of {all_bytes / MB:.2f} MB"
+    )
+    print(f"{rows} rows: {rows / wall:,.0f} rows/s, {cpu / rows * 1000:.5f} CPU s per 1,000 rows", flush=True)
+
+
 def main(
     data: str = "",
     batch_size: int = 4096,
     max_history: int = 50,
     steps: int = 200,
     world_size: int = 1,
-    shuffle: Literal["rows", "strata"] = "rows",
+    shuffles: tuple[Literal["rows", "strata"], ...] = ("rows",),
 ) -> None:
     """Print what each rank reads, its rows per second and CPU seconds per 1,000 rows.
 
@@ -75,29 +91,19 @@ def main(
         max_history: Longest history.
         steps: Batches to read.
         world_size: Ranks, one after the other in this process.
-        shuffle: As --loader.shuffle.
+        shuffles: Values of --loader.shuffle, one after the other.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = (
             Path(data)
             if data
-            else write_synthetic(Path(folder) / "data", num_users=5_000, num_items=50_000, num_events=1_500_000)
+            else write_synthetic(Path(folder) / "data", num_users=5_000, num_items=5_000, num_events=1_500_000)
         )
-        config = Config(loader=LoaderConfig(batch_size=batch_size, max_history=max_history, shuffle=shuffle))
-        all_bytes, all_groups = stored(PreparedData.open(path))
-        for rank in range(world_size):
-            ranks = Ranks(rank, world_size, world_size, torch.device("cpu"), None)
-            batches = endless_batches(config, PreparedData.open(path), ranks)
-            with counted_reads() as reads:
-                next(batches)
-            wall, cpu = time.perf_counter(), time.process_time()
-            rows = sum(len(batch) for batch in itertools.islice(batches, steps))
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            print(
-                f"rank {rank} of {world_size} read {reads.whole_row_groups} of {all_groups} row groups, "
-                f"{reads.bytes / MB:.2f} of {all_bytes / MB:.2f} MB"
-            )
-            print(f"{rows} rows: {rows / wall:,.0f} rows/s, {cpu / rows * 1000:.5f} CPU s per 1,000 rows")
+        for shuffle in shuffles:
+            config = Config(loader=LoaderConfig(batch_size=batch_size, max_history=max_history, shuffle=shuffle))
+            for rank in range(world_size):
+                ranks = Ranks(rank, world_size, world_size, torch.device("cpu"), None)
+                measure(PreparedData.open(path), config, ranks, steps)
 
 
 if __name__ == "__main__":
