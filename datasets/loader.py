@@ -5,7 +5,7 @@ rows.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torchrec_em3.batch import HISTORY, TARGET, Batch
 from torchrec_em3.datasets.prepared import PreparedData, Split
 from torchrec_em3.datasets.raw_ids import user_ids
 from torchrec_em3.datasets.recent_events import ShardRows
+from torchrec_em3.datasets.strata_order import StrataOrder
 from torchrec_em3.errors import DataError
 
 __all__ = ["BatchStream", "batch_loader"]
@@ -28,6 +29,8 @@ class BatchStream(IterableDataset[Batch]):
     A step's global batch is a run of `world_size * batch_size` rows of the epoch's order, of which rank r takes the
     r-th part; so the order of rows is the same for any number of ranks, and a position is just an epoch and a row.
     Training drops the last incomplete global batch of an epoch; evaluation fills it up with rows of weight 0.
+
+    Shuffled by strata, a rank reads only its part of the training rows (`strata_order.py`); else it reads all.
     """
 
     def __init__(
@@ -41,8 +44,9 @@ class BatchStream(IterableDataset[Batch]):
         world_size: int = 1,
         seed: int = 0,
         raw_users: bool = False,
+        shuffle: Literal["rows", "strata"] = "rows",
     ) -> None:
-        """Read the split's columns into memory; its ids and labels have been checked to be in range.
+        """Read the split's columns into memory, or this rank's part; ids and labels have been checked to be in range.
 
         Args:
             data: The prepared folder, or a shard.
@@ -54,8 +58,10 @@ class BatchStream(IterableDataset[Batch]):
             seed: Seed of the shuffle.
             raw_users: Deliver the raw id of every user in place of the row in the vocabulary, which only users with
                 training rows have.
+            shuffle: How training rows of a prepared folder are shuffled.
 
         Raises:
+            ConfigError: If the strata do not fit the steps.
             DataError: If the split is damaged, or the training split is smaller than one global batch.
         """
         self._training = split == "train"
@@ -68,7 +74,15 @@ class BatchStream(IterableDataset[Batch]):
         self._user_id = user_ids(data) if raw_users else np.where(row_U <= data.known_users, row_U, 0)
         self._user_features = data.user_features
         self._offsets, self._history = data.history_offsets, data.history_items
-        self._columns = data.split_rows(split)
+        self._strata: StrataOrder | None = None
+        if self._training and shuffle == "strata" and isinstance(data, PreparedData):
+            self._num_rows = int(data.meta["counts"][split])
+            self._strata = StrataOrder(self._num_rows, seed, rank=rank, world_size=world_size, batch_size=batch_size)
+            mine = self._strata.rows
+            self._columns = data.split_rows(split, mine.start, mine.stop)
+        else:
+            self._columns = data.split_rows(split)
+            self._num_rows = len(self._columns["user"])
         labels = [self._columns[name] for name in data.label_columns]
         # [R] where there is one task, else [R, K].
         self._labels = labels[0] if len(labels) == 1 else np.stack(labels, axis=1)
@@ -78,8 +92,8 @@ class BatchStream(IterableDataset[Batch]):
 
     @property
     def num_rows(self) -> int:
-        """Rows of the split."""
-        return len(self._columns["user"])
+        """Rows of the split, over all ranks."""
+        return self._num_rows
 
     @property
     def global_batch_size(self) -> int:
@@ -114,16 +128,22 @@ class BatchStream(IterableDataset[Batch]):
         last = self.num_rows - size + 1 if self._training else self.num_rows
         for start in range(first, last, every * size):
             self._row, self._row_is_own = start + every * size, True
-            yield self._collate(*self._share(order[start : start + size]))
+            yield self._collate(*self._share(order, start))
         self.seek(self._epoch + 1)
 
     def _order(self) -> np.ndarray:
+        if self._strata is not None:
+            return self._strata.order(self._epoch)
         if not self._training:
             return np.arange(self.num_rows)
         return np.random.default_rng((self._seed, self._epoch)).permutation(self.num_rows)
 
-    def _share(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _share(self, order: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Return this rank's rows of a global batch, filled up to the same number on every rank, and their weights."""
+        if self._strata is not None:
+            row_B = self._strata.share(order, start, self.global_batch_size)
+            return row_B, np.ones(len(row_B), dtype=np.float32)
+        rows = order[start : start + self.global_batch_size]
         per_rank = -(-len(rows) // self._world_size)
         mine = rows[self._rank * per_rank : (self._rank + 1) * per_rank]
         filler = np.repeat(rows[:1], per_rank - len(mine))

@@ -5,17 +5,16 @@ Shape letters: E events, I item rows, U user rows (row 0, "unknown", included in
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from torchrec_em3.datasets.checked_parquet import check_table, read_parquet, read_split
 from torchrec_em3.datasets.labels import DEFAULT_TASK, task_columns
 from torchrec_em3.datasets.splits import TEST, TRAIN, VALIDATION
 from torchrec_em3.errors import DataError
@@ -25,7 +24,6 @@ __all__ = ["FORMAT_VERSION", "PreparedData", "Split", "hash_content"]
 FORMAT_VERSION = 1
 
 Split = Literal["train", "validation", "test"]
-Loaded = TypeVar("Loaded")
 
 _SPLIT_NUMBER: Mapping[str, int] = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 _EVENT_TYPES: Mapping[str, pa.DataType] = {
@@ -138,12 +136,12 @@ class PreparedData:
     @cached_property
     def items(self) -> pa.Table:
         """The catalogue: raw_id, title, text, image, category, train_count; row i is catalogue row i."""
-        return _read(self.folder / "items.parquet", lambda file: file.read())
+        return read_parquet(self.folder / "items.parquet", lambda file: file.read())
 
     @cached_property
     def users(self) -> pa.Table:
         """The users: raw_id, train_count and one column a side feature; row u is user row u."""
-        return _read(self.folder / "users.parquet", lambda file: file.read())
+        return read_parquet(self.folder / "users.parquet", lambda file: file.read())
 
     @cached_property
     def user_features(self) -> np.ndarray:
@@ -161,10 +159,15 @@ class PreparedData:
         """Training events of each user row, int64 [U]."""
         return self.users["train_count"].to_numpy()
 
-    def split_rows(self, split: Split) -> dict[str, np.ndarray]:
-        """Return the events of one split in global time order.
+    def split_rows(self, split: Split, first: int = 0, end: int | None = None) -> dict[str, np.ndarray]:
+        """Return the events of one split in global time order, or a run of them.
 
-        Row groups without a row of the split are not read.
+        Row groups without a wanted row are not read, but for the column `split` of those that hold several splits.
+
+        Args:
+            split: Which events.
+            first: Row of the split to begin with.
+            end: Row of the split to end before; all that follow if None.
 
         Returns:
             user, item (int32 rows), label and `label_<task>` of each task but the main one (int8), rating (float32),
@@ -174,15 +177,25 @@ class PreparedData:
             DataError: If a file is damaged (each page has a checksum), or times decrease or values are out of range;
                 the message names the file and the row group or the row.
         """
-        tables = [_read_split(path, _SPLIT_NUMBER[split]) for path in self._parts()]
+        expected = self.meta["counts"][split]
+        end = expected if end is None else end
+        tables, seen = [], 0
+        for path in self._parts():
+            table, rows = read_split(path, _SPLIT_NUMBER[split], first - seen, end - seen)
+            tables.append(table)
+            seen += rows
+        if seen != expected:
+            raise DataError(f"{self.folder}: {seen} rows of split {split}, meta.json says {expected}; prepare it again")
         names = [name for name in self._event_types() if name != "split"]
         columns = {name: np.concatenate([table[name].to_numpy() for table in tables]) for name in names}
-        self._check_rows(split, columns)
+        self._check_rows(split, columns, first)
         return columns
 
     def vocabulary(self, feature: str) -> list[str]:
         """Return the values of a user side feature by row; row 0 is unknown."""
-        values: list[str] = _read(self.folder / "vocab" / f"{feature}.parquet", lambda f: f.read())["value"].to_pylist()
+        values: list[str] = read_parquet(self.folder / "vocab" / f"{feature}.parquet", lambda f: f.read())[
+            "value"
+        ].to_pylist()
         return values
 
     def verify(self) -> None:
@@ -209,12 +222,12 @@ class PreparedData:
     def _check_tables(self) -> None:
         features = self.meta["user_features"][1:]
         users = {"raw_id": pa.string(), "train_count": pa.int64(), **{f["name"]: pa.int32() for f in features}}
-        _check_table(self.folder / "items.parquet", _ITEM_TYPES, self.item_rows)
-        _check_table(self.folder / "users.parquet", users, self.user_rows)
+        check_table(self.folder / "items.parquet", _ITEM_TYPES, self.item_rows)
+        check_table(self.folder / "users.parquet", users, self.user_rows)
         for feature in features:
             path = self.folder / "vocab" / f"{feature['name']}.parquet"
-            _check_table(path, {"row": pa.int32(), "value": pa.string()}, feature["rows"])
-        rows = sum(_check_table(path, self._event_types()) for path in self._parts())
+            check_table(path, {"row": pa.int32(), "value": pa.string()}, feature["rows"])
+        rows = sum(check_table(path, self._event_types()) for path in self._parts())
         expected = self.meta["counts"]["interactions"]
         if rows != expected:
             folder = self.folder / "interactions"
@@ -235,15 +248,13 @@ class PreparedData:
             _load_array(self.codes_folder / name / "codes.npy", np.int32, (self.item_rows, spec["levels"]))
             _load_array(self.codes_folder / name / "present.npy", np.bool_, (self.item_rows,))
 
-    def _check_rows(self, split: Split, columns: Mapping[str, np.ndarray]) -> None:
-        rows, expected = len(columns["user"]), self.meta["counts"][split]
-        if rows != expected:
-            raise DataError(f"{self.folder}: {rows} rows of split {split}, meta.json says {expected}; prepare it again")
+    def _check_rows(self, split: Split, columns: Mapping[str, np.ndarray], number: int) -> None:
+        """Check the rows of a split from a number on."""
         decreasing = np.flatnonzero(np.diff(columns["timestamp"]) < 0)
         if decreasing.size:
-            row = int(decreasing[0]) + 1
+            row = number + int(decreasing[0]) + 1
             raise DataError(f"{self.folder} row {row} of split {split}: timestamp decreases; run em3 prepare again")
-        where = f"{self.folder} row {{}} of split {split}"
+        where = self.folder, split, number
         for name, last in {"user": self.user_rows - 1, "item": self.item_rows - 1}.items():
             _refuse(where, name, columns[name], 1, last)
         for name in self.label_columns:
@@ -264,13 +275,15 @@ def hash_content(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _refuse(where: str, name: str, values: np.ndarray, low: Any, high: Any) -> None:
+def _refuse(where: tuple[Path, Split, int], name: str, values: np.ndarray, low: Any, high: Any) -> None:
     bad = np.flatnonzero((values < low) | (values > high))
     if bad.size:
-        row = int(bad[0])
-        bounds = (np.broadcast_to(bound, values.shape)[row] for bound in (low, high))
-        limits = "..".join(str(bound) for bound in bounds)
-        raise DataError(f"{where.format(row)}: {name} is {values[row]}, outside {limits}; run em3 prepare again")
+        (folder, split, number), row = where, int(bad[0])
+        limits = "..".join(str(np.broadcast_to(bound, values.shape)[row]) for bound in (low, high))
+        raise DataError(
+            f"{folder} row {number + row} of split {split}: {name} is {values[row]}, outside {limits}; "
+            "run em3 prepare again"
+        )
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -290,50 +303,6 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if missing:
         raise DataError(f"{path}: no '{min(missing)}'; run em3 prepare again")
     return {"tasks": [{"name": DEFAULT_TASK, "label_threshold": meta.get("label_threshold")}], **meta}
-
-
-def _read(path: Path, read: Callable[[pq.ParquetFile], Loaded]) -> Loaded:
-    """Return what `read` makes of an opened parquet file; pages are compared with their checksums."""
-    if not path.is_file():
-        raise DataError(f"{path}: the file is missing; run em3 prepare again")
-    try:
-        with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
-            return read(file)
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: truncated or damaged ({reason}); run em3 prepare again") from error
-
-
-def _check_table(path: Path, types: Mapping[str, pa.DataType], rows: int | None = None) -> int:
-    """Compare the schema and the number of rows in the footer of a parquet file with what is expected."""
-    schema, found = _read(path, lambda file: (file.schema_arrow, file.metadata.num_rows))
-    for name, wanted in types.items():
-        if name not in schema.names:
-            raise DataError(f"{path}: no column '{name}' among {', '.join(schema.names)}; run em3 prepare again")
-        if schema.field(name).type != wanted:
-            actual = schema.field(name).type
-            raise DataError(f"{path}: column '{name}' is {actual}, expected {wanted}; run em3 prepare again")
-    if rows is not None and found != rows:
-        raise DataError(f"{path}: {found} rows, meta.json says {rows}; run em3 prepare again")
-    return int(found)
-
-
-def _read_split(path: Path, split: int) -> pa.Table:
-    def read(file: pq.ParquetFile) -> pa.Table:
-        column = file.schema_arrow.names.index("split")
-        tables = [file.schema_arrow.empty_table()]
-        for group in range(file.num_row_groups):
-            statistics = file.metadata.row_group(group).column(column).statistics
-            if statistics is not None and statistics.has_min_max and not statistics.min <= split <= statistics.max:
-                continue
-            try:
-                table = file.read_row_group(group)
-            except (OSError, pa.ArrowException) as error:
-                raise OSError(f"row group {group}: {error}") from error
-            tables.append(table.filter(pc.equal(table["split"], split)))
-        return pa.concat_tables(tables)
-
-    return _read(path, read)
 
 
 def _load_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:

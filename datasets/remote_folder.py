@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
-
+from torchrec_em3.datasets.object_store import open_store, store_errors
 from torchrec_em3.datasets.prepared import hash_content
-from torchrec_em3.errors import ConfigError, DataError
+from torchrec_em3.errors import DataError
 
 __all__ = ["is_url", "local_folder", "uploaded_folder"]
 
@@ -46,8 +45,8 @@ def local_folder(place: str) -> Path:
     """
     if not is_url(place):
         return Path(place)
-    files, root = _open(place)
-    with _one_line(place):
+    files, root = open_store(place)
+    with store_errors(place):
         try:
             meta = files.cat_file(f"{root}/{META_FILE}")
         except FileNotFoundError as error:
@@ -74,8 +73,8 @@ def uploaded_folder(url: str, *, overwrite: bool) -> Iterator[Path]:
         ConfigError: If nothing that is installed can write to such a URL.
         DataError: If there is something at the URL that may not be replaced, or it cannot be written to.
     """
-    files, root = _open(url)
-    with _one_line(url):
+    files, root = open_store(url)
+    with store_errors(url):
         names = files.find(root)
     prepared = f"{root}/{META_FILE}" in names
     if names and not (prepared and overwrite):
@@ -84,7 +83,7 @@ def uploaded_folder(url: str, *, overwrite: bool) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "data"
         yield folder
-        with _one_line(url):
+        with store_errors(url):
             if prepared:
                 files.rm_file(f"{root}/{META_FILE}")
                 files.rm(root, recursive=True)
@@ -94,23 +93,12 @@ def uploaded_folder(url: str, *, overwrite: bool) -> Iterator[Path]:
                 files.put_file(str(folder / path), f"{root}/{path}")
 
 
-def _open(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL and the path of the folder in it."""
-    try:
-        files, root = fsspec.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(
-            f"{url}: {_first_line(error)}; install the package that fsspec names for it, or use a path"
-        ) from error
-    return files, root.rstrip("/")
-
-
 def _fetch(files: Any, root: str, url: str, folder: Path) -> None:
     """Copy a folder to this machine and compare it with its hash; a copy that is interrupted never bears the name."""
     logger.info("fetching %s to %s", url, folder)
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with _one_line(url):
+    with store_errors(url):
         for name in files.find(root):
             path = PurePosixPath(name).relative_to(root)
             if ".." in path.parts:
@@ -126,20 +114,3 @@ def _fetch(files: Any, root: str, url: str, folder: Path) -> None:
             "has changed: wait, or run em3 prepare again"
         )
     partial.rename(folder)
-
-
-@contextmanager
-def _one_line(url: str) -> Iterator[None]:
-    """Within, whatever an object store's library raises becomes one line that names the URL."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # each of these libraries has errors of its own
-        raise DataError(
-            f"{url}: {type(error).__name__}: {_first_line(error)}; check address and credentials"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0]

@@ -11,6 +11,7 @@ from torchrec_em3.errors import CheckpointError
 from torchrec_em3.runlog import write_json
 
 __all__ = [
+    "MANIFEST_FILE",
     "METADATA_FILE",
     "PROGRESS_FILE",
     "Digest",

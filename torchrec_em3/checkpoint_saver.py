@@ -20,6 +20,7 @@ from torch.distributed._shard.sharded_tensor.shard import Shard
 
 from torchrec_em3.checkpoint import CheckpointFolder, training_state
 from torchrec_em3.process_group import Ranks
+from torchrec_em3.run_mirror import RunMirror
 from torchrec_em3.sharding import ShardedModel
 
 __all__ = ["CheckpointSaver", "copy_state"]
@@ -31,7 +32,15 @@ class CheckpointSaver:
     An exception that leaves the context is not replaced by one of the last save.
     """
 
-    def __init__(self, checkpoints: CheckpointFolder, ranks: Ranks, *, background: bool, keep: int) -> None:
+    def __init__(
+        self,
+        checkpoints: CheckpointFolder,
+        ranks: Ranks,
+        *,
+        background: bool,
+        keep: int,
+        mirror: RunMirror | None = None,
+    ) -> None:
         """Prepare to save. Collective.
 
         Args:
@@ -39,8 +48,9 @@ class CheckpointSaver:
             ranks: This process among its peers.
             background: Whether to write in a thread; the host memory of a rank must then hold its state twice.
             keep: Checkpoints to keep besides the best one.
+            mirror: Where each one is copied to, on rank 0.
         """
-        self._checkpoints, self._ranks, self._keep = checkpoints, ranks, keep
+        self._checkpoints, self._ranks, self._keep, self._mirror = checkpoints, ranks, keep, mirror
         self._writers: ThreadPoolExecutor | None = None
         self._saving: Future[None] | None = None
         if background:
@@ -90,14 +100,22 @@ class CheckpointSaver:
         self.wait()
         if self._writers is None:
             self._checkpoints.save(step, sharded, progress)
-            self._checkpoints.retain({best_step}, self._keep)
+            self._retain(step, best_step)
         else:
             state = copy_state(training_state(sharded, self._ranks))
             self._saving = self._writers.submit(partial(self._write, step, state, dict(progress), best_step))
 
     def _write(self, step: int, state: Mapping[str, Any], progress: Mapping[str, Any], best_step: int) -> None:
         self._checkpoints.write(step, state, progress, self._writing_ranks)
-        self._checkpoints.retain({best_step}, self._keep)
+        self._retain(step, best_step)
+
+    def _retain(self, step: int, best_step: int) -> None:
+        """Copy a checkpoint that is committed, and remove those that are not needed, nor still being copied."""
+        kept = {best_step}
+        if self._mirror is not None:
+            self._mirror.send(step, best_step)
+            kept |= self._mirror.held
+        self._checkpoints.retain(kept, self._keep)
 
 
 def copy_state(value: Any) -> Any:

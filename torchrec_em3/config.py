@@ -34,6 +34,9 @@ class LoaderConfig:
     """Rows per step on each rank."""
     max_history: int = 50
     """Most recent events of the user that a row sees."""
+    shuffle: Literal["rows", "strata"] = "rows"
+    """How training rows are shuffled each epoch: rows among all, which every rank then reads, or within 64 strata (runs
+    of time) that all give the same number of rows to each step, so that a rank reads its own strata only."""
     num_workers: int = 0
     """Loader processes per rank; 0 collates in the training process, which is vectorised and usually fast enough."""
 
@@ -234,6 +237,9 @@ class TrainConfig:
     """Checkpoints kept besides the best one."""
     async_checkpoints: bool = False
     """Write checkpoints in the background, from a copy of the state in host memory, while training goes on."""
+    mirror: str = ""
+    """fsspec URL such as s3://bucket/run to which each checkpoint is copied in the background, and the rest of the run
+    folder at its end; --resume fetches from there what this machine lacks. Empty for none."""
     step_timeout: float = 600.0
     """Seconds after which a step that has not ended ends the job, with the stacks of all ranks; 0 waits for ever."""
 
@@ -245,6 +251,8 @@ class TrainConfig:
             _at_least(f"train.{name}", getattr(self, name), 0)
         for name in ("learning_rate", "encoder_learning_rate"):
             _at_least(f"train.{name}", getattr(self, name), 0)
+        if self.mirror and "://" not in self.mirror:
+            raise ConfigError(f"--train.mirror is {self.mirror}, must be a URL such as s3://bucket/run")
         if not 0.0 <= self.average_decay < 1.0:
             raise ConfigError(f"--train.average_decay is {self.average_decay}, must be in [0, 1)")
 

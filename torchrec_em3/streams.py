@@ -14,6 +14,7 @@ def open_stream(config: Config, data: PreparedData | ShardRows, split: Split, ra
     """Return this rank's stream over a split.
 
     Raises:
+        ConfigError: If rows are shuffled by strata and a step is no multiple of them.
         DataError: If the split is damaged, or the training split is smaller than one global batch.
     """
     return BatchStream(
@@ -24,5 +25,6 @@ def open_stream(config: Config, data: PreparedData | ShardRows, split: Split, ra
         rank=ranks.rank,
         world_size=ranks.world_size,
         seed=config.seed,
+        shuffle=config.loader.shuffle,
         raw_users=uses_raw_ids(config.embeddings, USER_TABLE),
     )

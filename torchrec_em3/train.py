@@ -16,6 +16,7 @@ from torchrec_em3.errors import NumericError, Preempted
 from torchrec_em3.evaluate import evaluate_split
 from torchrec_em3.faults import fault_point
 from torchrec_em3.process_group import Ranks
+from torchrec_em3.run_mirror import RunMirror
 from torchrec_em3.runlog import RunLog
 from torchrec_em3.sharding import ShardedModel
 from torchrec_em3.streams import open_stream
@@ -29,7 +30,15 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """Trains a sharded model on a prepared folder and leaves the best weights in it."""
 
-    def __init__(self, config: Config, run: Path, data: PreparedData, sharded: ShardedModel, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: Path,
+        data: PreparedData,
+        sharded: ShardedModel,
+        ranks: Ranks,
+        mirror: RunMirror | None = None,
+    ) -> None:
         """Prepare to train; nothing is read or written yet.
 
         Args:
@@ -38,14 +47,20 @@ class Trainer:
             data: Prepared folder.
             sharded: The model.
             ranks: This process among its peers.
+            mirror: Where checkpoints are copied to, on rank 0.
         """
         self._config, self._data, self._sharded, self._ranks = config, data, sharded, ranks
+        self._mirror = mirror
         self.progress = Progress()
         self.checkpoints = CheckpointFolder(run / "checkpoints", ranks)
         self._stream = open_stream(config, data, "train", ranks)
         options = config.train
         self._saver = CheckpointSaver(
-            self.checkpoints, ranks, background=options.async_checkpoints, keep=options.keep_checkpoints
+            self.checkpoints,
+            ranks,
+            background=options.async_checkpoints,
+            keep=options.keep_checkpoints,
+            mirror=mirror,
         )
         self._steps = TrainingSteps(run, sharded, ranks, self._saver, options.step_timeout)
         self._log = RunLog(run, config, ranks.is_first)
@@ -187,6 +202,8 @@ class Trainer:
         if progress.best_step not in (progress.step, -1) and not self.checkpoints.is_good(progress.best_step):
             logger.warning("the best checkpoint, step %d, is lost; the best is chosen anew", progress.best_step)
             progress.best_step, progress.best_value, progress.stale_validations = -1, None, 0
+        if self._mirror is not None:
+            self._mirror.send(progress.step, progress.best_step)  # it may have died before it was copied
         if not self._ranks.is_first:
             self.progress.cpu_seconds = 0.0
         self._sharded.model.step = self.progress.step

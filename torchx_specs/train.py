@@ -26,6 +26,7 @@ def train(
     data: str,
     run: str,
     seed: int = 0,
+    mirror: str = "",
     j: str = "1x1",
     max_retries: int = 0,
     image: str = "",
@@ -45,6 +46,7 @@ def train(
         data: prepared folder
         run: run folder; metrics.jsonl, tensorboard/ and checkpoints/ go there
         seed: seed of the run
+        mirror: URL such as s3://bucket/run to which each checkpoint is copied, and from which a new machine goes on
         j: [{min_hosts}:]{hosts}x{processes per host}
         max_retries: restarts after a failure, by torchrun and, where it has them, by the scheduler
         image: container image with torchrec-em3 installed, for schedulers that need one
@@ -59,7 +61,7 @@ def train(
     return dist.ddp(
         # torchrun's own parser stops at --run, which it takes for an abbreviation of --run-path.
         *("train", "--config", config, "--data", data, "--run_folder", run),
-        *("--seed", str(seed), "--restartable", *script_args),
+        *("--seed", str(seed), "--restartable", *(("--train.mirror", mirror) if mirror else ()), *script_args),
         m=MODULE,
         name="em3/train",
         j=j,

@@ -162,6 +162,23 @@ def test_statistics_only_save_reading(folder: Path) -> None:
         assert all(np.array_equal(good[split][name], column) for name, column in columns.items())
 
 
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize(("first", "end"), [(0, 1), (99, 101), (250, 2000), (2390, None), (700, 700)])
+def test_a_run_of_rows(folder: Path, statistics: bool, first: int, end: int | None) -> None:
+    good = read_all(folder)
+    pq.write_table(pq.read_table(folder / PART), folder / PART, row_group_size=100, write_statistics=statistics)
+    for name, column in PreparedData.open(folder).split_rows("train", first, end).items():
+        assert np.array_equal(column, good["train"][name][first:end])
+
+
+def test_a_bad_row_of_a_run_is_named_by_its_number_in_the_split(folder: Path) -> None:
+    rewrite(PART, set_cell("item", 40, 201))(folder)
+    data = PreparedData.open(folder)
+    data.split_rows("train", 41)
+    with pytest.raises(DataError, match=r"row 40 of split train: item is 201"):
+        data.split_rows("train", 30, 50)
+
+
 def test_large_arrays_stay_on_disk(folder: Path) -> None:
     data = PreparedData.open(folder)
     assert isinstance(data.history_items, np.memmap)

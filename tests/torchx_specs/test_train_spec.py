@@ -39,6 +39,11 @@ def test_arguments_are_forwarded_exactly():
     assert option(app, "--nnodes") == "1"
 
 
+def test_a_mirror_is_forwarded():
+    app, _ = component("train", "train", [*TRAINING, "--mirror", "s3://bucket/run", "--", "--train.epochs", "1"])
+    assert arguments_of(app)[-5:] == ["--restartable", "--train.mirror", "s3://bucket/run", "--train.epochs", "1"]
+
+
 def test_retries_set_both_restart_variables():
     app, _ = component("train", "train", [*TRAINING, "--max_retries", "4", "--threads", "2"])
     role = app.roles[0]

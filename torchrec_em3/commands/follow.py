@@ -26,6 +26,8 @@ def main(arguments: Sequence[str]) -> None:
     config, values = parse_config("follow", DESCRIPTION, arguments, _add_arguments)
     if values.idle < 0:
         raise ConfigError(f"--idle is {values.idle}, must be at least 0")
+    if config.train.mirror:
+        raise ConfigError(f"--train.mirror is {config.train.mirror}, but em3 follow copies nothing; leave it out")
     with process_group() as ranks:
         configure_logging(ranks.is_first)
         resume, overwrite = how_to_start(values, config, ranks)

@@ -1,5 +1,6 @@
 """`em3 train`: plan, shard, train, evaluate the best checkpoint once on the test split."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from torchrec_em3.number_format import decimals
 from torchrec_em3.parsing import CommandParser, parse_config
 from torchrec_em3.process_group import Ranks, process_group
 from torchrec_em3.run_folder import create_run, peak_rss_bytes, write_summary
+from torchrec_em3.run_mirror import open_mirror, restore_run
 from torchrec_em3.runlog import configure_logging, write_json
 from torchrec_em3.sharding import ShardedModel
-from torchrec_em3.train import Trainer
+from torchrec_em3.train import Progress, Trainer
 
 TRAINING_FILE = "training.json"
 logger = logging.getLogger(__name__)
@@ -36,8 +38,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def how_to_start(values: Namespace, config: Config, ranks: Ranks) -> tuple[bool, bool]:
-    """Return whether to resume the run, and whether to replace one that is there. Collective."""
-    if values.restartable or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+    """Return whether to resume the run, and whether to replace one that is there. Collective.
+
+    What goes on is first fetched from its mirror, if this machine has nothing of it.
+    """
+    restarted = values.restartable or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if config.run and config.train.mirror and (restarted or values.resume):
+        restore_run(config, ranks)
+    if restarted:
         # torchrun, or a scheduler, starts the gang again with the same arguments after a failure: go on, or begin
         # anew if nothing is saved.
         resume = ranks.broadcast(CheckpointFolder(Path(config.run) / "checkpoints", ranks).was_used())
@@ -72,10 +80,28 @@ def train(
     """Train one run and, where `evaluate` is set, return its summary. Collective."""
     data = open_data(config)
     sharded = build_sharded(config, data, ranks)
+    mirror = open_mirror(config, ranks, resume=resume, overwrite=overwrite) if config.train.mirror else None
     run = create_run(config, ranks, sharded.plan, resume=resume, overwrite=overwrite)
-    trainer = Trainer(config, run, data, sharded, ranks)
-    trainer.fit(resume=resume)
-    progress = trainer.progress
+    with mirror or contextlib.nullcontext():
+        trainer = Trainer(config, run, data, sharded, ranks, mirror)
+        trainer.fit(resume=resume)
+        summary = _finish(trainer.progress, run, config, data, sharded, ranks, evaluate=evaluate)
+        if mirror is not None:
+            mirror.finish()
+    return summary
+
+
+def _finish(
+    progress: Progress,
+    run: Path,
+    config: Config,
+    data: PreparedData,
+    sharded: ShardedModel,
+    ranks: Ranks,
+    *,
+    evaluate: bool,
+) -> dict[str, Any] | None:
+    """Write what training took and, where `evaluate` is set, measure the model. Collective."""
     gathered = ranks.gather(progress.cpu_seconds)
     training = {
         "samples": progress.samples,
