@@ -14,7 +14,7 @@ from torchrec_em3.components.interest import only_valid
 from torchrec_em3.components.interfaces import HistoryItems
 from torchrec_em3.components.ragged_attention import ragged_dot_products
 
-__all__ = ["ContentSimilarity"]
+__all__ = ["TIERS", "ContentSimilarity", "tier_of"]
 
 STATISTICS = 4
 TIERS = 20
@@ -87,6 +87,10 @@ def _statistics(cosine_N: Tensor, batch_N: Tensor, count_B: Tensor, positions_B:
 
 def _histogram(cosine_N: Tensor, batch_N: Tensor, rows: int) -> Tensor:
     """Return log(1 + count) of the cosines in each tier, [B, T]."""
-    tier_N = ((cosine_N + 1.0) * (TIERS / 2)).long().clamp_(0, TIERS - 1)
-    count_BT = torch.bincount(batch_N * TIERS + tier_N, minlength=rows * TIERS).view(rows, TIERS)
+    count_BT = torch.bincount(batch_N * TIERS + tier_of(cosine_N), minlength=rows * TIERS).view(rows, TIERS)
     return count_BT.to(cosine_N.dtype).log1p()
+
+
+def tier_of(cosine: Tensor) -> Tensor:
+    """Return the tier of each cosine, int64, from 0 on."""
+    return ((cosine + 1.0) * (TIERS / 2)).long().clamp(0, TIERS - 1)

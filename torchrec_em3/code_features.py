@@ -46,15 +46,15 @@ class CodeFeatures(nn.Module):
 
     def forward(self, items: DistinctItems) -> dict[str, Tensor]:
         """Return the blocks [B, D] by name; zeros for an item, or a history, without codes."""
-        target, history = (self._pool(item) for item in (items.target_U, items.history_V))
+        target, history = (self.pool(item) for item in (items.target_U, items.history_V))
         target_BD = target.rows_VD[items.row_B]
         return {
             "codes": target_BD,
             "codes_interest": self.attention(target_BD, history, items.row_N, items.lengths_B),
         }
 
-    def _pool(self, item_V: Tensor) -> HistoryItems:
-        """Return the items' vectors, and which have codes by any quantiser."""
+    def pool(self, item_V: Tensor) -> HistoryItems:
+        """Return the vectors of items, catalogue rows, and which have codes by any quantiser."""
         assert self._codes is not None, "a model with codes needs a code store"
         codes = self._codes.fetch(item_V, item_V.device)
         sums, present = [], []

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.export_parity import Parity, measure_parity
-from torchrec_em3.export_tables import catalogue_content, id_tables
+from torchrec_em3.export_tables import catalogue_codes, catalogue_content, id_tables
 from torchrec_em3.id_tables import ITEM_TABLE, USER_TABLE, uses_raw_ids
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import write_json
@@ -90,19 +90,11 @@ def export_package(trained: TrainedRun, out: Path, precision: Precision, ranks: 
 
 
 def check_exportable(trained: TrainedRun, ranks: Ranks) -> None:
-    """Raise ConfigError for several processes, and for a model whose logit needs more than the graph takes."""
+    """Raise ConfigError for several processes, and for tables that the vocabularies of a package do not fit."""
     if ranks.world_size > 1:
         raise ConfigError(f"em3 export runs in one process, not in {ranks.world_size}; start it without torchrun")
-    model = trained.sharded.model
-    missing = {
-        f"the data's {len(model.task_weights)} tasks": len(model.task_weights) > 1,
-        "--model.codes features": model.codes is not None,
-        "tables of raw ids": any(uses_raw_ids(trained.config.embeddings, name) for name in (USER_TABLE, ITEM_TABLE)),
-        "--model.similarity": model.content is not None and model.content.similarity is not None,
-    }
-    for name, needed in missing.items():
-        if needed:
-            raise ConfigError(f"em3 export has no form for {name} yet; export a run without")
+    if any(uses_raw_ids(trained.config.embeddings, name) for name in (USER_TABLE, ITEM_TABLE)):
+        raise ConfigError("em3 export has no form for tables of raw ids yet; export a run without")
 
 
 @contextmanager
@@ -138,6 +130,10 @@ def _write_tensors(folder: Path, trained: TrainedRun, precision: Precision, devi
             # Where histories read the bank, its rows are the very content of the targets.
             if not torch.equal(content.history.rows_VD, content.target_ID):
                 rows["history_content"] = content.history.rows_VD
+    if model.codes is not None:
+        codes = catalogue_codes(model.codes, model.item_rows, device)
+        assert codes.valid_V is not None
+        rows["codes"], masks["has_codes"] = codes.rows_VD, codes.valid_V
     packed = {name: pack_rows(table, precision) for name, table in rows.items()}
     save_file({**packed, **masks}, folder / TABLES_FILE)
     # safetensors makes a file that its owner alone may read.
@@ -177,5 +173,7 @@ def _config(folder: Path, trained: TrainedRun, precision: Precision) -> PackageC
         known_items=data.known_items,
         content=model.content is not None,
         content_history=model.content is not None and model.content.history is not None,
+        codes=model.codes is not None,
+        tasks=tuple(data.tasks),
         origin=trained.origin,
     )

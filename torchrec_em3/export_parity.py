@@ -1,6 +1,6 @@
 """Whether an export scores as the trained model does, on the whole validation split; a package is asked by raw ids.
 
-Shape letters: B rows of the split.
+Shape letters: B rows of the split, T tasks.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from torchrec_em3.metrics import ranking_metrics
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.serving.rows import Precision
 from torchrec_em3.serving.scorer import Request, Scorer
+from torchrec_em3.tier_edges import rows_at_tier_edges
 from torchrec_em3.trained_run import TrainedRun
 
 __all__ = ["Parity", "compare", "measure_parity", "model_predictions", "split_requests"]
@@ -33,14 +34,16 @@ class Parity(NamedTuple):
     Attributes:
         rows: Rows compared.
         max_logit_change: Largest difference of two logits.
-        auc: AUC of the model; None where it is undefined.
+        auc: AUC of the model, for the main task; None where it is undefined.
         package_auc: AUC of the package.
+        exempt: Rows left out of `max_logit_change` (see `tier_edges`).
     """
 
     rows: int
     max_logit_change: float
     auc: float | None
     package_auc: float | None
+    exempt: int = 0
 
 
 def measure_parity(scorer: Scorer, trained: TrainedRun, ranks: Ranks) -> Parity:
@@ -51,7 +54,8 @@ def measure_parity(scorer: Scorer, trained: TrainedRun, ranks: Ranks) -> Parity:
     """
     expected = model_predictions(trained, ranks)
     parts = [scorer.logits(part) for part in split_requests(trained.data, "validation", scorer.config.max_history)]
-    return compare(np.concatenate([logit for part in parts for logit in part]), expected, scorer.config.precision)
+    logit_B = np.concatenate([logit for part in parts for logit in part])
+    return compare(logit_B, expected, scorer.config.precision, rows_at_tier_edges(trained, ranks))
 
 
 def model_predictions(trained: TrainedRun, ranks: Ranks) -> Predictions:
@@ -63,30 +67,48 @@ def model_predictions(trained: TrainedRun, ranks: Ranks) -> Predictions:
     return predictions
 
 
-def compare(logit_B: NDArray, expected: Predictions, precision: Precision) -> Parity:
-    """Return how `logit_B` compares with the model's predictions.
+def compare(logit_B: NDArray, expected: Predictions, precision: Precision, exempt_B: NDArray[np.bool_]) -> Parity:
+    """Return how `logit_B`, or logit_BT for several tasks, compares with the model's predictions.
+
+    Args:
+        logit_B: Logits of the export.
+        expected: The model's predictions.
+        precision: Of the export; float32 is compared by logits, any other by AUC.
+        exempt_B: Rows of which no logit is compared (see `tier_edges`); the AUC is, if there are any.
 
     Raises:
         NumericError: If the two differ by more than the limits above.
     """
-    auc, package_auc = (_auc(expected.label, each_B) for each_B in (expected.logit, logit_B))
-    change_B = np.abs(logit_B - expected.logit)
+    logit_BT, expected_BT, label_BT = (x.reshape(len(x), -1) for x in (logit_B, expected.logit, expected.label))
+    change_BT = np.abs(logit_BT - expected_BT)
+    tasks = list(zip(label_BT.T, expected_BT.T, logit_BT.T, strict=True))
+    aucs = [(_auc(label, of_model), _auc(label, of_export)) for label, of_model, of_export in tasks]
     if precision == "fp32":
-        excess_B = change_B / np.maximum(1.0, np.abs(expected.logit))
-        row = int(excess_B.argmax())
-        if not excess_B[row] <= MAX_LOGIT_CHANGE:
-            raise NumericError(
-                f"the export changes the logit of validation row {row} from {expected.logit[row]} to {logit_B[row]}, "
-                f"more than {MAX_LOGIT_CHANGE} allows; nothing was written"
-            )
-    elif auc is None or package_auc is None:
+        _check_logits(np.where(exempt_B[:, None], 0.0, change_BT), expected_BT, logit_BT)
+    if precision != "fp32" or exempt_B.any():
+        for auc, package_auc in aucs:
+            _check_auc(auc, package_auc, precision)
+    return Parity(len(logit_B), float(change_BT[~exempt_B].max(initial=0.0)), *aucs[0], int(exempt_B.sum()))
+
+
+def _check_logits(change_BT: NDArray, expected_BT: NDArray, logit_BT: NDArray) -> None:
+    excess_BT = change_BT / np.maximum(1.0, np.abs(expected_BT))
+    place = np.unravel_index(int(excess_BT.argmax()), excess_BT.shape)
+    if not excess_BT[place] <= MAX_LOGIT_CHANGE:
+        raise NumericError(
+            f"the export changes the logit of validation row {place[0]} from {expected_BT[place]} to "
+            f"{logit_BT[place]}, more than {MAX_LOGIT_CHANGE} allows; nothing was written"
+        )
+
+
+def _check_auc(auc: float | None, package_auc: float | None, precision: Precision) -> None:
+    if auc is None or package_auc is None:
         raise NumericError("the validation split has one label only, so the change of AUC is undefined; use fp32")
-    elif not abs(package_auc - auc) <= MAX_AUC_CHANGE:
+    if not abs(package_auc - auc) <= MAX_AUC_CHANGE:
         raise NumericError(
             f"the {precision} package changes the validation AUC from {auc:.5f} to {package_auc:.5f}, more than the "
             f"{MAX_AUC_CHANGE} allowed; nothing was written; use a higher --precision"
         )
-    return Parity(len(logit_B), float(change_B.max()), auc, package_auc)
 
 
 def split_requests(data: PreparedData, split: Split, max_history: int) -> Iterator[list[Request]]:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_em3.code_features import CodeFeatures
 from torchrec_em3.components.interfaces import HistoryItems
 from torchrec_em3.content_path import ITEMS_AT_A_TIME, ContentPath
 from torchrec_em3.model import EM3Model
 from torchrec_em3.schema import FeatureSchema
 
-__all__ = ["CatalogueContent", "catalogue_content", "id_tables"]
+__all__ = ["CatalogueContent", "catalogue_codes", "catalogue_content", "id_tables"]
 
 ROWS_AT_A_TIME = 1 << 16
 
@@ -62,3 +63,11 @@ def catalogue_content(content: ContentPath, item_rows: int, device: torch.device
     rows_ID = torch.cat([history.rows_VD.cpu() for history in histories])
     weight_DD, bias_D = (None if x is None else x.cpu() for x in (histories[0].weight_DD, histories[0].bias_D))
     return CatalogueContent(torch.cat(targets), HistoryItems(rows_ID, torch.cat(valid), weight_DD, bias_D))
+
+
+@torch.no_grad()
+def catalogue_codes(codes: CodeFeatures, item_rows: int, device: torch.device) -> HistoryItems:
+    """Return the vector of every item's codes and which items have any, on the CPU."""
+    parts = [codes.pool(item_U) for item_U in torch.split(torch.arange(item_rows, device=device), ROWS_AT_A_TIME)]
+    rows, valid = zip(*(part[:2] for part in parts), strict=True)
+    return HistoryItems(torch.cat(rows).cpu(), torch.cat(valid).cpu())

@@ -1,5 +1,6 @@
 """The trained model as a folder in the manner of Hugging Face: weights, config and model card; and back again."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -14,24 +15,29 @@ from torch import Tensor
 from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.content_bank import ContentBank
 from torchrec_em3.config import Config
+from torchrec_em3.datasets.codes import CodeStore
 from torchrec_em3.datasets.loader import BatchStream, batch_loader
 from torchrec_em3.datasets.tokens import TokenStore
-from torchrec_em3.errors import CheckpointError, ConfigError, DataError
+from torchrec_em3.encoder_suffixes import EncoderSuffixes, build_suffixes
+from torchrec_em3.errors import CheckpointError, DataError
 from torchrec_em3.export import check_exportable, new_folder
 from torchrec_em3.export_parity import Parity, compare, model_predictions
 from torchrec_em3.export_tables import catalogue_content, id_tables
 from torchrec_em3.hub_card import model_card
-from torchrec_em3.item_tokens import ItemTokens, TokenSource
+from torchrec_em3.hub_codes import CODES_FILE, SavedCodes, save_codes
+from torchrec_em3.item_tokens import CodeSource, ItemTokens, TokenSource
 from torchrec_em3.model import EM3Model
 from torchrec_em3.parsing import parse_config
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import write_json
-from torchrec_em3.schema import FeatureSchema, ModalitySpec, SparseFeature
+from torchrec_em3.schema import CodeSpec, FeatureSchema, ModalitySpec, SparseFeature
+from torchrec_em3.tier_edges import rows_at_tier_edges
 from torchrec_em3.trained_run import TrainedRun
 
 __all__ = ["from_pretrained", "save_pretrained"]
 
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
+ENCODER_WEIGHTS = ("content.tokens.encoders.",)
 CPU = torch.device("cpu")
 
 
@@ -47,26 +53,29 @@ def save_pretrained(trained: TrainedRun, run: Path, out: Path, ranks: Ranks) -> 
         ranks: A single process.
 
     Raises:
-        ConfigError: If `out` exists, the content is made of codes or trained encoders, or for `check_exportable`.
+        ConfigError: If `out` exists, or for `check_exportable`.
         DataError: If the run has no summary.json.
         NumericError: If the model that is read again scores differently.
     """
     check_exportable(trained, ranks)
-    _check_tokens(trained)
     if not (run / "summary.json").is_file():
         raise DataError(f"{run} has no summary.json for the model card; run em3 evaluate {run}")
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    expected = model_predictions(trained, ranks)
-    schema = dataclasses.replace(FeatureSchema.from_meta(trained.data.meta), codes=())
+    expected, edges = model_predictions(trained, ranks), rows_at_tier_edges(trained, ranks)
+    schema = _schema_as_read(trained)
     # Neither the folders of this machine nor modules to import on another one.
     config = trained.config.as_dict() | {"data": "", "run": "", "plugins": ""}
     with new_folder(out) as folder:
         save_model(_unsharded(trained, schema), str(folder / WEIGHTS_FILE))
         (folder / WEIGHTS_FILE).chmod(0o644)
-        write_json(folder / CONFIG_FILE, {"model_type": "em3", "config": config, "schema": dataclasses.asdict(schema)})
+        cuts = {name: spec for name, spec in trained.data.meta["modalities"].items() if "cut" in spec}
+        described = {"config": config, "schema": dataclasses.asdict(schema), "encoders": cuts}
+        write_json(folder / CONFIG_FILE, {"model_type": "em3", **described})
+        if _uses_codes(trained.config, schema):
+            save_codes(folder / CODES_FILE, CodeStore(trained.data.codes_folder), schema.item_rows)
         (folder / CARD_FILE).write_text(model_card(summary, trained.origin), encoding="utf-8")
         store = TokenStore(trained.data.tokens_folder) if trained.config.uses_content else None
-        return compare(_logits(from_pretrained(folder, store), trained), expected, "fp32")
+        return compare(_logits(from_pretrained(folder, store), trained), expected, "fp32", edges)
 
 
 def from_pretrained(path_or_id: str | Path, store: TokenSource | None = None, revision: str | None = None) -> EM3Model:
@@ -78,6 +87,7 @@ def from_pretrained(path_or_id: str | Path, store: TokenSource | None = None, re
         path_or_id: Folder that `em3 export --format hub` wrote, or the id of a repository on the Hugging Face hub.
         store: Tokens of the catalogue. Without them items that the bank does not hold count as items without content,
             which is what they are at the time of the export; histories other than `cache`, and training, need them.
+            Encoders that the run trained are built with them, and left out without.
         revision: Branch, tag or commit of the repository.
 
     Raises:
@@ -87,29 +97,45 @@ def from_pretrained(path_or_id: str | Path, store: TokenSource | None = None, re
     if not folder.is_dir():
         from huggingface_hub import snapshot_download  # only who names a repository needs it
 
-        names = [WEIGHTS_FILE, CONFIG_FILE]
+        names = [WEIGHTS_FILE, CONFIG_FILE, CODES_FILE]
         folder = Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=names))
     try:
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         schema, config = _schema(values["schema"]), values["config"] | {"plugins": ""}
+        cuts: dict[str, Any] = values.get("encoders", {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} is not the config of a model ({error})") from error
     resolved, _ = parse_config("export", "", ["--config", json.dumps(config)])
-    model = _empty(schema, resolved, store)
+    encoders = None if store is None else build_suffixes(resolved.model.encoders, cuts, str(folder))
+    codes = SavedCodes(folder / CODES_FILE) if _uses_codes(resolved, schema) else None
+    model = _empty(schema, resolved, store, codes, encoders)
     try:
-        load_model(model, str(folder / WEIGHTS_FILE))
+        missing, unexpected = load_model(model, str(folder / WEIGHTS_FILE), strict=False)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS_FILE}: {str(error).splitlines()[0]}") from error
+    unused = ENCODER_WEIGHTS if encoders is None else ()
+    strange = [*missing, *(name for name in unexpected if not name.startswith(unused))]
+    if strange:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE}: {len(strange)} weights are not the config's, as {strange[0]}")
     return model.eval()
 
 
-def _check_tokens(trained: TrainedRun) -> None:
-    content = trained.sharded.model.content
-    if content is None:
-        return
-    assert isinstance(content.tokens, ItemTokens)
-    if content.tokens.encoders is not None or len(content.tokens.embeddings):
-        raise ConfigError("--format hub has no form for codes and trained encoders yet; leave --format out")
+def _schema_as_read(trained: TrainedRun) -> FeatureSchema:
+    """Return the schema of the run's data with modalities as its tower reads them."""
+    schema, encoders = FeatureSchema.from_meta(trained.data.meta), _encoders(trained.sharded.model)
+    return schema if encoders is None else encoders.read_schema(schema)
+
+
+def _encoders(model: EM3Model) -> EncoderSuffixes | None:
+    if model.content is None:
+        return None
+    assert isinstance(model.content.tokens, ItemTokens)
+    return model.content.tokens.encoders
+
+
+def _uses_codes(config: Config, schema: FeatureSchema) -> bool:
+    in_tower = config.uses_content and config.model.codes == "content"
+    return bool(schema.codes) and (in_tower or config.uses_code_features)
 
 
 class _NoTokens:
@@ -128,8 +154,14 @@ class _NoTokens:
         }
 
 
-def _empty(schema: FeatureSchema, config: Config, store: TokenSource | None) -> EM3Model:
-    return EM3Model(schema, config, store or _NoTokens(schema), CPU)
+def _empty(
+    schema: FeatureSchema,
+    config: Config,
+    store: TokenSource | None,
+    codes: CodeSource | None = None,
+    encoders: EncoderSuffixes | None = None,
+) -> EM3Model:
+    return EM3Model(schema, config, store or _NoTokens(schema), CPU, codes, encoders)
 
 
 @torch.no_grad()
@@ -137,23 +169,23 @@ def _unsharded(trained: TrainedRun, schema: FeatureSchema) -> EM3Model:
     """Return a copy of the run's model, its tables whole and its bank filled for all items, on the CPU."""
     source = trained.sharded.model
     device = next(source.attention.parameters()).device
-    copy = _empty(schema, trained.config, None)
+    whole = _empty(schema, trained.config, None, encoders=copy.deepcopy(_encoders(source)))
     tables = id_tables(source, schema, device)
     dense = dict(source.named_parameters()) | dict(source.named_buffers())
-    for name, value in copy.state_dict().items():
+    for name, value in whole.state_dict().items():
         if ".tables." in name:
             value.copy_(tables[name.split(".")[-2]])
         elif not name.startswith("content.bank."):
             value.copy_(dense[name])
     if source.content is not None and source.content.bank is not None:
-        assert copy.content is not None
-        assert isinstance(copy.content.bank, ContentBank)
+        assert whole.content is not None
+        assert isinstance(whole.content.bank, ContentBank)
         content = catalogue_content(source.content, source.item_rows, device)
         assert content.history is not None
         assert content.history.valid_V is not None
         (row_V,) = torch.where(content.history.valid_V)
-        copy.content.bank.write(row_V, content.target_ID[row_V], max(source.step, 1))
-    return copy
+        whole.content.bank.write(row_V, content.target_ID[row_V], max(source.step, 1))
+    return whole
 
 
 @torch.no_grad()
@@ -168,5 +200,6 @@ def _logits(model: EM3Model, trained: TrainedRun) -> np.ndarray:
 def _schema(values: dict[str, Any]) -> FeatureSchema:
     features = tuple(SparseFeature(**feature) for feature in values["user_features"])
     modalities = tuple(ModalitySpec(**modality) for modality in values["modalities"])
-    tasks = tuple(values["tasks"])
-    return FeatureSchema(**{**values, "user_features": features, "modalities": modalities, "codes": (), "tasks": tasks})
+    codes = tuple(CodeSpec(**code) for code in values["codes"])
+    lists = {"user_features": features, "modalities": modalities, "codes": codes, "tasks": tuple(values["tasks"])}
+    return FeatureSchema(**{**values, **lists})

@@ -52,6 +52,9 @@ def model_card(summary: Mapping[str, Any], origin: Mapping[str, str]) -> str:
         "test": summary["test"],
         "test, items never trained on": summary["test"]["slices"]["item_frequency"]["0"],
     }
+    # The rows above are the main task's, which comes first.
+    for task in list(summary["test"].get("tasks", {}))[1:]:
+        measured[f"test, task {task}"] = summary["test"]["tasks"][task]
     rows = [
         f"| {name} | {count(values['n'])} | {decimals(values['auc'])} | {decimals(values['gauc'])} | "
         f"{decimals(values['logloss'])} |"

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -173,9 +173,21 @@ def parse_options(options: type[Options], values: Mapping[str, Any], where: str)
                 f"--{where}.{key} is not an option of {options.__name__}; options: {listed}.{closest(key, known)}"
             )
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(options)
+    types = get_type_hints(options)
+    # Not add_class_arguments: it reads the source of the class, and where there is none it may find no options at all.
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        parser.add_argument(f"--{field.name}", type=types[field.name], **_default(field))
     try:
         parsed = parser.parse_object(dict(values))
     except ArgumentError as error:
         raise ConfigError(f"--{where}: {' '.join(str(error).split())}") from error
     return options(**{name: getattr(parsed, name) for name in known})
+
+
+def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """Return what an argument is told of a field that may be left out, or must not be."""
+    if field.default is not dataclasses.MISSING:
+        return {"default": field.default}
+    if field.default_factory is not dataclasses.MISSING:
+        return {"default": field.default_factory()}
+    return {"required": True}

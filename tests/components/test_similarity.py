@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchrec_em3.components.interfaces import HistoryItems
+from torchrec_em3.components.shared_history import SharedHistorySimilarity
 from torchrec_em3.components.similarity import STATISTICS, TIERS, ContentSimilarity
 
 WIDTH = 5
@@ -120,3 +121,21 @@ def test_what_an_invalid_item_holds_does_not_matter() -> None:
     assert torch.equal(ragged.features("both"), before_BS)
     ragged.valid_V[:] = False
     assert not ragged.features("both").any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_serving_form_agrees_for_every_candidate(kind: Kind) -> None:
+    """Histories without positions, without valid ones, and with some; several candidates for each."""
+    torch.manual_seed(0)
+    trained, candidates = ContentSimilarity(kind), 3
+    rows_VD, valid_V = torch.randn(6, WIDTH), torch.arange(6) > 1
+    histories = [[], [0, 1], [2, 3, 0], [0, 5, 4, 2, 2]]
+    length_R = torch.tensor([len(history) for history in histories])
+    item_RL = torch.tensor([history + [0] * (5 - len(history)) for history in histories])
+    content_RKD = torch.randn(len(histories), candidates, WIDTH)
+    shown_RL = torch.arange(5) < length_R[:, None]
+    block = SharedHistorySimilarity(trained)(content_RKD, rows_VD[item_RL], shown_RL & valid_V[item_RL], length_R)
+    for place in range(candidates):
+        row_N = torch.tensor([item for history in histories for item in history])
+        expected = trained(content_RKD[:, place], HistoryItems(rows_VD, valid_V), row_N, length_R)
+        torch.testing.assert_close(block[:, place], expected)

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.coded_data import prepare_coded
 from tests.torchrec_em3.packages import export, train
 from torchrec_em3 import export_parity
 from torchrec_em3.cli import run as em3
 from torchrec_em3.datasets.prepared import PreparedData
-from torchrec_em3.errors import CheckpointError
+from torchrec_em3.errors import CheckpointError, NumericError
+from torchrec_em3.evaluate import Predictions
 from torchrec_em3.export_parity import split_requests
 from torchrec_em3.serving.graph_file import load_graph
 from torchrec_em3.serving.scorer import Request, Scorer
@@ -57,6 +59,9 @@ def test_the_package_scores_the_test_split_as_it_was_evaluated(run: Path, packag
         ["--model.history", "lora_qformer"],
         ["--model.history", "shared"],
         ["--model.attention_hidden", "[]", "--model.content_attention_hidden", "[8,4]"],
+        ["--model.similarity", "statistics", "--model.ranker", "dlrm"],
+        ["--model.similarity", "both"],
+        ["--model.similarity", "histogram", "--model.history", "shared"],
     ],
     ids=" ".join,
 )
@@ -68,20 +73,47 @@ def test_every_model_exports_with_parity(options: list[str], tiny_cold_data: Pat
     assert config["content"] == ("none" not in options or "--model.history" in options)
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "name"),
-    [
-        ("--model.similarity", "statistics", "--model.similarity"),
-        ("--embeddings.tables", '{"item_table": {"ids": "hashed", "rows": 20}}', "tables of raw ids"),
-    ],
-)
+@pytest.mark.parametrize("content", ["fusion_qformer", "none"])
+def test_codes_as_features_export_with_parity(content: str, coded_data: Path, tmp_path: Path) -> None:
+    run = train(coded_data, tmp_path / "run", "--model.codes", "features", "--model.content", content)
+    package = export(run, tmp_path / "package", "fp32")
+    scorer = Scorer.load(package)
+    assert scorer.config.codes
+    assert scorer.config.content == (content != "none")
+    evaluated = np.load(run / "predictions" / "test.npz")
+    parts = split_requests(PreparedData.open(coded_data), "test", scorer.config.max_history)
+    logit = np.concatenate([logit for part in parts for logit in scorer.logits(part)])
+    np.testing.assert_allclose(logit, evaluated["logit"], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def coded_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_coded(tmp_path_factory.mktemp("coded"), encoders=True)
+
+
+def test_the_auc_of_every_task_is_compared() -> None:
+    label_BT = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
+    expected = Predictions(np.zeros(4), np.zeros(4), label_BT, label_BT * 2.0 - 1.0)
+    worse_BT = np.stack([expected.logit[:, 0], expected.logit[::-1, 1]], 1)
+    nothing_B = np.zeros(4, dtype=bool)
+    assert export_parity.compare(expected.logit * 1.1, expected, "int8", nothing_B).auc == 1.0
+    with pytest.raises(NumericError, match=r"validation AUC from 1\.00000 to 0\.00000"):
+        export_parity.compare(worse_BT, expected, "int8", nothing_B)
+    with pytest.raises(NumericError, match="logit of validation row 0 from -1"):
+        export_parity.compare(worse_BT, expected, "fp32", nothing_B)
+    near_B = np.abs(worse_BT - expected.logit).any(1)
+    with pytest.raises(NumericError, match="changes the validation AUC"):
+        export_parity.compare(worse_BT, expected, "fp32", near_B)
+
+
 def test_what_the_graph_does_not_take_is_refused(
-    tiny_cold_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, name: str
+    tiny_cold_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = train(tiny_cold_data, tmp_path / "run", option, value)
+    tables = ["--embeddings.tables", '{"item_table": {"ids": "hashed", "rows": 20}}']
+    run = train(tiny_cold_data, tmp_path / "run", *tables)
     capsys.readouterr()
     assert em3(["export", str(run), "--out", str(tmp_path / "package")]) == 2
-    assert f"em3 export has no form for {name} yet" in capsys.readouterr().err
+    assert "em3 export has no form for tables of raw ids yet" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

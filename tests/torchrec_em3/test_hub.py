@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+import tests.tiny_encoders  # noqa: F401  registers an encoder that can be cut
+from tests.coded_data import prepare_coded
 from tests.torchrec_em3.packages import train
 from torchrec_em3.cli import run as em3
 from torchrec_em3.datasets.loader import BatchStream
+from torchrec_em3.datasets.prepare import PrepareOptions, prepare
 from torchrec_em3.datasets.prepared import PreparedData
+from torchrec_em3.datasets.simulated import SimulatedOptions, simulate
 from torchrec_em3.datasets.tokens import TokenStore
 from torchrec_em3.errors import CheckpointError
 from torchrec_em3.hub import from_pretrained
@@ -53,6 +57,52 @@ def test_the_card_says_what_was_measured_and_nothing_of_this_machine(folder: Pat
 def test_other_models_are_compared_too(options: list[str], tiny_cold_data: Path, tmp_path: Path) -> None:
     run = train(tiny_cold_data, tmp_path / "run", *options)
     assert em3(["export", str(run), "--format", "hub", "--out", str(tmp_path / "model")]) == 0
+
+
+@pytest.mark.parametrize("use", ["features", "content"])
+@torch.no_grad()
+def test_codes_travel_with_the_model(use: str, tmp_path: Path) -> None:
+    data = prepare_coded(tmp_path / "coded", encoders=False)
+    tower = ["--model.content", "none"] if use == "features" else []
+    run, out = train(data, tmp_path / "run", "--model.codes", use, *tower), tmp_path / "model"
+    assert em3(["export", str(run), "--format", "hub", "--out", str(out)]) == 0
+    model = from_pretrained(out)
+    batches = BatchStream(PreparedData.open(data), "test", batch_size=64, max_history=10)
+    logit = torch.cat([model(batch)[1].logit[batch.weight > 0] for batch in batches])
+    evaluated = np.load(run / "predictions" / "test.npz")
+    np.testing.assert_allclose(logit.numpy(), evaluated["logit"], atol=1e-5)
+    (out / "codes.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"codes\.safetensors does not hold the codes"):
+        from_pretrained(out)
+
+
+@torch.no_grad()
+def test_trained_encoders_are_built_where_their_tokens_are(tmp_path: Path) -> None:
+    data = prepare_cut(tmp_path)
+    training = ["--model.encoders.text.training", "lora", "--model.encoders.text.rank", "2"]
+    run = train(data, tmp_path / "run", "--plugins", "tests.tiny_encoders", *training)
+    assert em3(["export", str(run), "--format", "hub", "--out", str(tmp_path / "model")]) == 0
+    evaluated, prepared = np.load(run / "predictions" / "test.npz"), PreparedData.open(data)
+    for store, encoders in ((None, False), (TokenStore(prepared.tokens_folder), True)):
+        model = from_pretrained(tmp_path / "model", store)
+        assert any(name.startswith("content.tokens.encoders.") for name in model.state_dict()) == encoders
+        batches = BatchStream(prepared, "test", batch_size=64, max_history=10)
+        logit = torch.cat([model(batch)[1].logit[batch.weight > 0] for batch in batches])
+        np.testing.assert_allclose(logit.numpy(), evaluated["logit"], atol=1e-5)
+    assert model.content is not None
+    rows_U = torch.arange(1, 9)
+    encoded_UD, _ = model.content.encode(rows_U)
+    torch.testing.assert_close(encoded_UD, model.content.bank.read(rows_U)[0], atol=1e-5, rtol=1e-5)
+
+
+def prepare_cut(folder: Path) -> Path:
+    """Prepare items whose texts are cut after layer 1 of 3."""
+    raw = simulate(SimulatedOptions(num_items=80, num_users=40, num_interactions=2000, seed=0), folder / "raw")
+    options = PrepareOptions(
+        text_encoder="tiny_deep_text", image_encoder="none", text_cut=1, label_threshold=None, token_dim=2
+    )
+    prepare(raw, folder / "data", options)
+    return folder / "data"
 
 
 def test_what_is_no_model_is_refused(folder: Path, run: Path, tmp_path: Path) -> None:

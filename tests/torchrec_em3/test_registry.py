@@ -1,10 +1,13 @@
 """Registries: names, options, and what is said when something is unknown."""
 
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 
 from torchrec_em3.errors import ConfigError
+from torchrec_em3.parsing import parse_options
 from torchrec_em3.parts import build_part, load_plugins
 from torchrec_em3.registry import Registry
 
@@ -59,3 +62,29 @@ def test_options_must_be_a_dataclass() -> None:
 def test_a_missing_plugin_module_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"--plugins no_such_package.module: no module 'no_such_package'"):
         load_plugins("no_such_package.module")
+
+
+WRITTEN = """
+from dataclasses import dataclass, field
+from typing import Literal
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    hidden: int = 64
+    widths: tuple[int, ...] = (8, 4)
+    kind: Literal["a", "b"] = "a"
+    rate: float | None = None
+    names: list[str] = field(default_factory=list)
+"""
+
+
+def test_options_whose_source_is_nowhere_are_read_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a class that was typed in, which jsonargparse cannot find the text of."""
+    module = ModuleType("typed_in")
+    monkeypatch.setitem(sys.modules, "typed_in", module)
+    exec(WRITTEN, vars(module))
+    read = parse_options(module.Written, {"hidden": 32, "widths": [1, 2], "rate": "0.5"}, "model.content_options")
+    assert read == module.Written(hidden=32, widths=(1, 2), rate=0.5)
+    for wrong, message in ({"hidden": "many"}, "hidden"), ({"kind": "c"}, "kind"), ({"hiden": 1}, "'hidden'"):
+        with pytest.raises(ConfigError, match=message):
+            parse_options(module.Written, wrong, "model.content_options")

@@ -61,4 +61,5 @@ def _say(out: Path, exported: Exported) -> None:
 
 def _describe(parity: Parity) -> str:
     auc = "undefined" if parity.auc is None else f"{parity.auc:.5f} -> {parity.package_auc:.5f}"
-    return f"{parity.rows} validation rows: largest change of a logit {parity.max_logit_change:.2g}, AUC {auc}"
+    edges = f" ({parity.exempt} rows at the edge of a similarity tier left out)" if parity.exempt else ""
+    return f"{parity.rows} validation rows: largest change of a logit {parity.max_logit_change:.2g}{edges}, AUC {auc}"

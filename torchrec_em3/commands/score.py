@@ -16,7 +16,11 @@ def main(arguments: Sequence[str]) -> None:
     parser = CommandParser("score", DESCRIPTION)
     parser.add_argument("package", type=str, help="Folder that `em3 export` wrote.")
     parser.add_argument("source", type=str, help="Parquet file to read.")
-    parser.add_argument("target", type=str, help="Parquet file to write: the same columns and `score`.")
+    parser.add_argument(
+        "target",
+        type=str,
+        help="Parquet file to write: the same columns and `score`, and `score_NAME` of each further task.",
+    )
     values = parser.parse(arguments)
     source, target = Path(values.source), Path(values.target)
     if not source.is_file():

@@ -24,6 +24,8 @@ SCORE = "score"
 def score_file(scorer: Scorer, source: Path, target: Path) -> int:
     """Write the columns of `source` and the score of each row; return the number of rows.
 
+    `score` is that of the main task; where the package has several, `score_NAME` is that of each other.
+
     Columns are `user`, `item` (strings or integers), `history` (a list of them, most recent last) and, if wanted, side
     features. Rows of the same user and history that follow each other share the work of the history.
 
@@ -42,8 +44,8 @@ def score_file(scorer: Scorer, source: Path, target: Path) -> int:
             rows = 0
             with pq.ParquetWriter(temporary, schema) as writer:
                 for batch in file.iter_batches(ROWS_AT_A_TIME):
-                    score_B = _score(scorer, source, batch, rows)
-                    writer.write_table(pa.table([*batch.columns, score_B], schema=schema))
+                    scores = _score(scorer, source, batch, rows)
+                    writer.write_table(pa.table([*batch.columns, *scores], schema=schema))
                     rows += len(batch)
         os.replace(temporary, target)
     except (OSError, pa.ArrowException) as error:
@@ -66,9 +68,16 @@ def _checked(source: Path, schema: pa.Schema, scorer: Scorer) -> pa.Schema:
                 raise DataError(f"{source}: column 'history' is {found}, expected a list of strings or integers")
         elif not _is_id(found):
             raise DataError(f"{source}: column '{name}' is {found}, expected strings or integers")
-    if SCORE in schema.names:
-        raise DataError(f"{source}: has a column '{SCORE}' already; drop or rename it")
-    return schema.append(pa.field(SCORE, pa.float32()))
+    for name in _score_columns(scorer):
+        if name in schema.names:
+            raise DataError(f"{source}: has a column '{name}' already; drop or rename it")
+        schema = schema.append(pa.field(name, pa.float32()))
+    return schema
+
+
+def _score_columns(scorer: Scorer) -> list[str]:
+    """Name the columns that are written: the main task's and those of the others."""
+    return [SCORE, *(f"{SCORE}_{task}" for task in scorer.config.tasks[1:])]
 
 
 def _is_id(found: pa.DataType) -> bool:
@@ -79,13 +88,15 @@ def _columns(schema: pa.Schema) -> str:
     return f"columns: {', '.join(schema.names) or 'none'}"
 
 
-def _score(scorer: Scorer, source: Path, batch: pa.RecordBatch, first_row: int) -> pa.Array:
+def _score(scorer: Scorer, source: Path, batch: pa.RecordBatch, first_row: int) -> list[pa.Array]:
+    """Return the columns of `_score_columns`."""
     requests = []
     for (user, history, features), group in groupby(_keyed_rows(scorer, source, batch, first_row), lambda row: row[0]):
         items = [item for _, item in group]
         for start in range(0, len(items), ROWS_A_REQUEST):
             requests.append(Request(user, history, items[start : start + ROWS_A_REQUEST], dict(features)))
-    return pa.array(np.concatenate(scorer.score(requests)), pa.float32())
+    score_B = np.concatenate(scorer.score(requests))
+    return [pa.array(column_B, pa.float32()) for column_B in score_B.reshape(len(batch), -1).T]
 
 
 def _keyed_rows(

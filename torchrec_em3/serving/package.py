@@ -4,7 +4,7 @@
 |---|---|
 | config.json | format, version, precision, features, limits, origin and measured parity |
 | dense.pt2 | the dense graph (torch.export) |
-| tables.safetensors | packed rows of the ID tables and of the content bank, and which items have content |
+| tables.safetensors | packed rows of the ID tables, of the content bank and of codes, and which items have them |
 | items.parquet | raw_id; row i is item row i + 1 |
 | users.parquet | raw_id and the row of each side feature; row i is user i + 1 |
 | vocab/FEATURE.parquet | value of each row of a side feature |
@@ -34,7 +34,9 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, FORMAT_VERSION)
+"""In version 1 nothing was known of codes and of several tasks."""
 CONFIG_FILE, MANIFEST_FILE = "config.json", "manifest.json"
 GRAPH_FILE, TABLES_FILE = "dense.pt2", "tables.safetensors"
 ITEMS_FILE, USERS_FILE = "items.parquet", "users.parquet"
@@ -55,6 +57,8 @@ class PackageConfig:
         known_items: Items with an embedding of their own; they are items 1 to this number.
         content: Whether the graph takes content of the candidates.
         content_history: Whether it takes content of the history.
+        codes: Whether it takes vectors of codes, of the candidates and of the history.
+        tasks: Names of the labels, the main one first; several mean a logit of each for a candidate.
         origin: Checkpoint and data it was made of.
         parity: How its logits compare with the trained model's.
         format_version: Version of this layout.
@@ -70,6 +74,8 @@ class PackageConfig:
     content: bool
     content_history: bool
     origin: Mapping[str, str]
+    codes: bool = False
+    tasks: tuple[str, ...] = ("label",)
     parity: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -109,8 +115,9 @@ def check_package(folder: Path) -> None:
         files = {str(name): (int(file["bytes"]), str(file["sha256"])) for name, file in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}); {AGAIN}") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; {AGAIN}")
+    if version not in READ_VERSIONS:
+        known = " and ".join(map(str, READ_VERSIONS))
+        raise CheckpointError(f"{path} has format version {version}, this program reads {known}; {AGAIN}")
     for name in {CONFIG_FILE, GRAPH_FILE, TABLES_FILE, ITEMS_FILE, USERS_FILE} - files.keys():
         raise CheckpointError(f"{path} does not list {name}; {AGAIN}")
     for name, (size, sha256) in files.items():
@@ -130,7 +137,8 @@ def read_config(folder: Path) -> PackageConfig:
     path = folder / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return PackageConfig(**{**values, "user_features": tuple(values["user_features"])})
+        lists = {name: tuple(values[name]) for name in ("user_features", "tasks") if name in values}
+        return PackageConfig(**{**values, **lists})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not the config of a package ({error}); {AGAIN}") from error
 

@@ -1,6 +1,7 @@
 """Scores candidates with a package, without the training code.
 
-Shape letters: R requests, K candidates of a request, L history positions of a request, F user features, D width.
+Shape letters: R requests, K candidates of a request, L history positions of a request, F user features, D width, T
+tasks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,7 +70,7 @@ class Scorer:
         self.config = read_config(folder)
         self._graph = load_graph(folder / GRAPH_FILE)
         tensors = load_file(folder / TABLES_FILE)
-        self._has_content_I = tensors.pop("has_content", torch.zeros(0, dtype=torch.bool))
+        self._has_rows = {name: tensors.pop(f"has_{name}") for name in ("content", "codes") if f"has_{name}" in tensors}
         self._tables = {name: PackedTable(packed, self.config.precision) for name, packed in tensors.items()}
         side_features = self.config.user_features[1:]
         users = pq.read_table(folder / USERS_FILE, page_checksum_verification=True)
@@ -109,7 +110,7 @@ class Scorer:
         return [torch.from_numpy(logit_K).sigmoid().numpy() for logit_K in self.logits(requests)]
 
     def logits(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
-        """Return the logits of each request's candidates.
+        """Return the logits of each request's candidates, [K], or [K, T] in the order of `config.tasks` if several.
 
         Requests go through the graph together as long as that takes little memory, so equal sizes are best.
 
@@ -141,21 +142,31 @@ class Scorer:
         recent = self.config.max_history
         history_RL, length_R = self._item_rows([request.history[-recent:] for request in requests])
         features = enumerate(self.config.user_features)
-        inputs = [
+        inputs: list[Tensor | None] = [
             torch.stack([self._tables[f"{name}_table"](user_RF[:, place]) for place, name in features], 1),
             self._look_up("item_table", self._id_rows(target_RK)),
             self._look_up("item_table", self._id_rows(history_RL)),
             length_R,
         ]
-        if self.config.content:
-            inputs.append(self._look_up("content", target_RK))
-        if self.config.content_history:
-            name = "history_content" if "history_content" in self._tables else "content"
-            inputs += [self._look_up(name, history_RL), self._has_content_I[history_RL]]
+        inputs += self._rows("content", target_RK, history_RL, self.config.content, self.config.content_history)
+        inputs += self._rows("codes", target_RK, history_RL, self.config.codes, self.config.codes)
+        while inputs[-1] is None:
+            inputs.pop()
         logit_RK = self._graph(*inputs)
         if not bool(torch.isfinite(logit_RK).all()):
             raise NumericError(f"a logit of package {self.config.version} is not finite; export the run again")
         return [logit_K[: len(request.candidates)].numpy() for logit_K, request in zip(logit_RK, requests, strict=True)]
+
+    def _rows(
+        self, name: str, target_RK: Tensor, history_RL: Tensor, target: bool, history: bool
+    ) -> list[Tensor | None]:
+        """Return rows of the candidates, rows of the history and which of those count; None for what is not taken."""
+        of_history = f"history_{name}" if f"history_{name}" in self._tables else name
+        return [
+            self._look_up(name, target_RK) if target else None,
+            self._look_up(of_history, history_RL) if history else None,
+            self._has_rows[name][history_RL] if history else None,
+        ]
 
     def _user_rows(self, request: Request) -> NDArray[np.int64]:
         """Return the row of each user feature's table."""

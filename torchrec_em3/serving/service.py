@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import FastAPI, HTTPException
 from fastapi.requests import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
+from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.requests import ClientDisconnect
@@ -52,10 +54,14 @@ class Limits:
 
 
 class Scores(BaseModel):
-    """Answer to POST /score: `scores[i]` is the probability of `candidates[i]`."""
+    """Answer to POST /score: `scores[i]` is the probability of `candidates[i]`, by the main task.
+
+    Where the package has several tasks, `other_scores` holds those of the others in the same form, by name.
+    """
 
     version: str
     scores: list[float]
+    other_scores: dict[str, list[float]] | None = None
 
 
 class Health(BaseModel):
@@ -116,7 +122,7 @@ class _Service:
                 raise HTTPException(422, str(error)) from error
         self.metrics.candidates.inc(len(score_K))
         self.metrics.seconds.observe(time.perf_counter() - started)
-        return Scores(version=scorer.config.version, scores=score_K.tolist())
+        return _answer(scorer, score_K)
 
     async def _read(self, http: HttpRequest) -> bytes:
         """Return the body, of which no more than the limit is ever held."""
@@ -159,6 +165,13 @@ class _Service:
             yield
         finally:
             self._turns.release()
+
+
+def _answer(scorer: Scorer, score_K: NDArray[np.float32]) -> Scores:
+    tasks = scorer.config.tasks
+    main, *others = score_K.reshape(len(score_K), -1).T.tolist()
+    other_scores = dict(zip(tasks[1:], others, strict=True)) if others else None
+    return Scores(version=scorer.config.version, scores=main, other_scores=other_scores)
 
 
 def _load(folder: Path) -> Scorer:
@@ -207,9 +220,9 @@ def create_app(folder: Path, limits: Limits | None = None) -> FastAPI:
     schema = service.body.model_json_schema()
     body = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
-    @app.post("/score", responses=problems, openapi_extra=body)
+    @app.post("/score", responses=problems, openapi_extra=body, response_model_exclude_none=True)
     async def score(http: HttpRequest) -> Scores:
-        """Return the probability of each candidate, in their order."""
+        """Return the probability of each candidate, in their order, by the main task and by any others."""
         return await service.score(http)
 
     @app.post("/reload", responses={409: {"model": Problem}})
