@@ -100,7 +100,7 @@ class ServingGraph(nn.Module):
         for place, block in enumerate(self.user_blocks):
             per_candidate[block] = user_RFD[:, place, None].expand(-1, candidates, -1)
         logit_B: Tensor = self.ranker({name: block_RKD.flatten(0, 1) for name, block_RKD in per_candidate.items()})
-        return logit_B.unflatten(0, (requests, candidates))
+        return logit_B.view((requests, candidates, *logit_B.shape[1:]))
 
 
 @torch.no_grad()
