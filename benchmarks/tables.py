@@ -17,7 +17,7 @@ import numpy as np
 from jsonargparse import auto_cli
 from ledger import Ledger
 from scipy.stats import ttest_rel
-from suite import BASELINE, FROZEN, MODEL
+from suite import BASELINE, FROZEN, MODEL, load_suite
 
 Record = dict[str, Any]
 Cell = dict[int, Record]
@@ -52,7 +52,9 @@ def main(suite: str, results: str = "runs/benchmark/results.jsonl", commit: str 
     records = [record for record in records if record["commit"].startswith(commit)]
     check_alike(records)
     parts = [_heading(suite, records)]
-    for (dataset, split, group), rows in _grouped(records).items():
+    order = {(row.group, row.ranker, row.name): place for place, row in enumerate(load_suite(suite, Path()).rows)}
+    for (dataset, split, group), found in _grouped(records).items():
+        rows = dict(sorted(found.items(), key=lambda cell: order.get((group, *cell[0]), len(order))))
         parts.append(_section(dataset, split, group, rows, _models(records, dataset, split)))
     path = Path(out or f"benchmarks/results/suite-{suite}.md")
     path.write_text("\n".join(parts), encoding="utf-8")

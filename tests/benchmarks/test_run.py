@@ -144,8 +144,11 @@ def test_a_table_compares_seed_by_seed(script: ModuleType, tmp_path: Path, monke
     options = {"suite": "small", "dataset_dir": str(tmp_path), "work": str(tmp_path / "work"), "trials": 1}
     script.main(**options, seeds=3, only="tiny/temporal/DLRM")
     tables = load(monkeypatch, "tables")
-    tables.main("small", str(tmp_path / "work" / "results.jsonl"), out=str(tmp_path / "out.md"))
+    lines = (tmp_path / "work" / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "mixed.jsonl").write_text("".join(reversed(lines)))
+    tables.main("small", str(tmp_path / "mixed.jsonl"), out=str(tmp_path / "out.md"))
     text = (tmp_path / "out.md").read_text()
+    assert text.index("DLRM, ID-only") < text.index("DLRM, frozen") < text.index("DLRM, EM3"), "whenever they ended"
     assert "| DLRM, ID-only | 3 | 0.6167 ± 0.0208 | undefined | 0.9000 ± 0.0000 |" in text
     assert "| DLRM, EM3 | 3 | 0.7167 ± 0.0208 |" in text
     assert text.count("| *minus ID-only* | 3 | +0.1000, p ") == 2
