@@ -12,7 +12,10 @@ NAME, LEVELS = "quant", 3
 
 
 def prepare_coded(folder: Path, *, encoders: bool, split: str = "temporal") -> Path:
-    """Prepare 150 items, every seventh without codes; the first level is the category, the others tell items apart."""
+    """Prepare 150 items, every seventh without codes; the first level is the category, the others tell items apart.
+
+    As in reviews and sequence files, users have no side features.
+    """
     raw = simulate(SimulatedOptions(num_items=150, num_users=60, num_interactions=3000, seed=0), folder / "raw")
     kinds = sorted(set(raw.items.category.tolist()))
     codes = {
@@ -22,5 +25,6 @@ def prepare_coded(folder: Path, *, encoders: bool, split: str = "temporal") -> P
     }
     chosen = {"text_encoder": "tiny_text", "image_encoder": "tiny_image"} if encoders else {}
     options = {"text_encoder": "none", "image_encoder": "none", "label_threshold": None, "split": split} | chosen
-    prepare(replace(raw, codes={NAME: RawCodes("made", codes)}), folder / "data", PrepareOptions(**options))
+    raw = replace(raw, codes={NAME: RawCodes("made", codes)}, user_features={})
+    prepare(raw, folder / "data", PrepareOptions(**options))
     return folder / "data"

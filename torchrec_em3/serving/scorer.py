@@ -75,9 +75,9 @@ class Scorer:
         side_features = self.config.user_features[1:]
         users = pq.read_table(folder / USERS_FILE, page_checksum_verification=True)
         self._users = _rows_by_id(users["raw_id"], first=1)
-        unknown = np.zeros((1, len(side_features)), dtype=np.int64)
-        known = [users[name].to_numpy().astype(np.int64) for name in side_features]
-        self._user_features = np.concatenate([unknown, np.stack(known, 1)]) if known else unknown
+        self._user_features = np.zeros((len(users) + 1, len(side_features)), dtype=np.int64)
+        for place, name in enumerate(side_features):
+            self._user_features[1:, place] = users[name].to_numpy()
         self._vocabularies = {
             name: _rows_by_id(pq.read_table(folder / vocabulary_file(name))["value"], first=0) for name in side_features
         }
