@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tests.tiny_parts  # noqa: F401
+from tests.stopped_training import before_step, interrupt, terminate
 from torchrec_em3 import train as train_module
 from torchrec_em3.commands.train import main, train
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig
@@ -45,23 +44,15 @@ def calm(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 @pytest.mark.parametrize("stop_at", [3, 8, 21])
 def test_sigterm_saves_and_resume_continues_exactly(
-    tiny_data: Path, tmp_path: Path, calm: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, stop_at: int
+    tiny_data: Path, tmp_path: Path, calm: tuple[Path, dict[str, Any]], stop_at: int
 ) -> None:
     run = tmp_path / "run"
     config = config_for(tiny_data, run)
     steps_per_epoch = 2400 // 128
     assert stop_at != steps_per_epoch
-    original = train_module.Trainer._train_step
-
-    def step(self: Any, batches: Any) -> bool:
-        if self.progress.step == stop_at - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module.Trainer, "_train_step", step)
-        with pytest.raises(Preempted, match=f"stopped by SIGTERM at step {stop_at}; continue with --resume"):
-            fit(config)
+    stopped = f"stopped by SIGTERM at step {stop_at}; continue with --resume"
+    with before_step(stop_at - 1, terminate), pytest.raises(Preempted, match=stopped):
+        fit(config)
     summary = fit(config, resume=True)
     run_calm, summary_calm = calm
     assert lines(run) == lines(run_calm)
@@ -69,45 +60,25 @@ def test_sigterm_saves_and_resume_continues_exactly(
     assert summary["samples"] == summary_calm["samples"]
 
 
-def test_a_stop_where_a_validation_is_due_does_not_lose_it(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_where_a_validation_is_due_does_not_lose_it(tiny_data: Path, tmp_path: Path) -> None:
     """A validation also fills the bank, so that losses after it would change."""
     options = TrainConfig(epochs=1, log_every=1, evaluate_every=4, checkpoint_every=2, patience=9)
     calm, broken = (
         dataclasses.replace(config_for(tiny_data, tmp_path / name), train=options) for name in ("calm", "broken")
     )
     fit(calm)
-    original = train_module.Trainer._train_step
-
-    def step(self: Any, batches: Any) -> bool:
-        if self.progress.step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module.Trainer, "_train_step", step)
-        with pytest.raises(Preempted, match="at step 8"):
-            fit(broken)
+    with before_step(7, terminate), pytest.raises(Preempted, match="at step 8"):
+        fit(broken)
     fit(broken, resume=True)
     assert lines(tmp_path / "broken") == lines(tmp_path / "calm")
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(
-    tiny_data: Path, tmp_path: Path, calm: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    tiny_data: Path, tmp_path: Path, calm: tuple[Path, dict[str, Any]]
 ) -> None:
     config = config_for(tiny_data, tmp_path / "run")
-    original = train_module.Trainer._train_step
-
-    def step(self: Any, batches: Any) -> bool:
-        if self.progress.step == 12:
-            raise KeyboardInterrupt
-        return original(self, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module.Trainer, "_train_step", step)
-        with pytest.raises(KeyboardInterrupt):
-            fit(config)
+    with before_step(12, interrupt), pytest.raises(KeyboardInterrupt):
+        fit(config)
     fit(config, resume=True)
     assert lines(tmp_path / "run") == lines(calm[0]), "lines after step 10 are written once"
 
@@ -150,24 +121,15 @@ def test_resume_refuses_other_options_and_missing_runs(
 
 @pytest.mark.slow
 def test_a_restartable_run_starts_anew_or_goes_on(
-    tiny_data: Path, tmp_path: Path, calm: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    tiny_data: Path, tmp_path: Path, calm: tuple[Path, dict[str, Any]]
 ) -> None:
     """A scheduler starts the same command again: killed before a checkpoint, after one, and at the end."""
     config = config_for(tiny_data, tmp_path / "run")
     (tmp_path / "config.yaml").write_text(dump_config(config))
     arguments = ["--config", str(tmp_path / "config.yaml"), "--restartable"]
-    original = train_module.Trainer._train_step
     for last in (3, 12):
-
-        def step(self: Any, batches: Any, last: int = last) -> bool:
-            if self.progress.step == last:
-                raise KeyboardInterrupt
-            return original(self, batches)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train_module.Trainer, "_train_step", step)
-            with pytest.raises(KeyboardInterrupt):
-                main(arguments)
+        with before_step(last, interrupt), pytest.raises(KeyboardInterrupt):
+            main(arguments)
     for _ in range(2):
         main(arguments)
         assert lines(tmp_path / "run") == lines(calm[0])

@@ -14,7 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import tests.tiny_parts  # noqa: F401
-from torchrec_em3 import train as train_module
+from tests.stopped_training import before_step, interrupt
 from torchrec_em3.checkpoint_manifest import digest, write_manifest
 from torchrec_em3.commands.train import main, train
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig
@@ -232,9 +232,7 @@ def test_urls_that_cannot_be_are_refused(config: Config, ranks: Ranks) -> None:
 
 
 @pytest.mark.slow
-def test_a_new_machine_goes_on_to_the_same_losses(
-    tiny_data: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_machine_goes_on_to_the_same_losses(tiny_data: Path, config: Config, tmp_path: Path) -> None:
     config = dataclasses.replace(
         config,
         data=str(tiny_data),
@@ -248,17 +246,8 @@ def test_a_new_machine_goes_on_to_the_same_losses(
         train(resolve_parts(calm), ranks)
     (tmp_path / "config.yaml").write_text(dump_config(resolve_parts(config)))
     arguments = ["--config", str(tmp_path / "config.yaml"), "--restartable"]
-    original = train_module.Trainer._train_step
-
-    def step(self: Any, batches: Any) -> bool:
-        if self.progress.step == 12:
-            raise KeyboardInterrupt
-        return original(self, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module.Trainer, "_train_step", step)
-        with pytest.raises(KeyboardInterrupt):
-            main(arguments)
+    with before_step(12, interrupt), pytest.raises(KeyboardInterrupt):
+        main(arguments)
     shutil.rmtree(config.run)
     main(arguments)
     metrics = [(Path(run) / "metrics.jsonl").read_text() for run in (calm.run, config.run)]
