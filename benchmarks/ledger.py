@@ -10,6 +10,8 @@ from typing import Any
 __all__ = ["Ledger", "commit_of", "hash_of"]
 
 ROOT = Path(__file__).parents[1]
+WHAT_TRAINS = ("torchrec_em3", "components", "datasets", "configs")
+"""What a run's figures depend on, besides the options that stand in its line."""
 
 
 class Ledger:
@@ -46,15 +48,15 @@ def hash_of(value: Any) -> str:
 
 
 def commit_of(root: Path = ROOT) -> str:
-    """Return the commit that the code is at.
+    """Return the last commit that changed what trains, so that more rows, and documents, leave a matrix what it is.
 
     Raises:
-        SystemExit: If tracked files differ from it.
+        SystemExit: If tracked files differ from the commit that is checked out.
     """
     changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     if changed:
         raise SystemExit(f"{len(changed.splitlines())} tracked files differ from the commit; commit them first")
-    return _git(root, "rev-parse", "HEAD")[:12]
+    return _git(root, "log", "-1", "--format=%H", "HEAD", "--", *WHAT_TRAINS)[:12]
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -4,8 +4,8 @@
     python benchmarks/tables.py --suite movielens
 
 A row's hyper-parameters are searched on the validation split with seed 0, the same points for every row; its test split
-is read once a seed, for the run that validation chose. Runs belong to a commit: after a change of the code they start
-anew, in a folder of their own. Needs benchmarks/requirements.txt.
+is read once a seed, for the run that validation chose. Runs belong to the last commit that changed the package or its
+configs: after such a change they start anew, in a folder of their own. Needs benchmarks/requirements.txt.
 """
 
 import json

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -124,6 +125,27 @@ def test_runs_of_another_commit_start_anew(script: ModuleType, tmp_path: Path, m
     with pytest.raises(SystemExit, match="tiny, temporal: runs of 2 commits, beef, c0ffee"):
         tables.main("small", str(tmp_path / "work" / "results.jsonl"), out=str(tmp_path / "out.md"))
     assert not (tmp_path / "out.md").exists()
+
+
+def test_a_commit_that_leaves_what_trains_alone_is_no_other_one(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = load(monkeypatch, "ledger")
+
+    def commit(name: str) -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+        for command in ("init --quiet", "add .", "-c user.name=a -c user.email=a@b commit --quiet -m a"):
+            subprocess.run(["git", "-C", str(tmp_path), *command.split()], check=True)
+        return str(ledger.commit_of(tmp_path))
+
+    first = commit("components/tower.py")
+    assert commit("docs/tower.md") == first
+    second = commit("configs/tower.yaml")
+    assert second != first
+    (tmp_path / "docs" / "tower.md").write_text("changed")
+    with pytest.raises(SystemExit, match="1 tracked files differ"):
+        ledger.commit_of(tmp_path)
 
 
 def test_the_data_are_known_by_their_events_and_not_by_the_rounding_of_tokens(

@@ -49,7 +49,7 @@ def serving(folder: Path, **limits: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def address(package: Path) -> Iterator[str]:
-    with serving(package, candidates=100, history=50, body_bytes=10_000, read_seconds=0.5) as url:
+    with serving(package, candidates=100, history=50, body_bytes=10_000) as url:
         yield url
 
 
@@ -93,17 +93,18 @@ def test_what_is_no_json_is_refused(content: bytes, address: str) -> None:
     assert requests.post(f"{address}/score", data=content).status_code == 422
 
 
-def test_a_body_that_does_not_arrive_is_given_up(address: str) -> None:
-    port = int(address.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
-        client.sendall(b"POST /score HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\n{")
-        assert client.recv(100).startswith(b"HTTP/1.1 408 ")
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
-        client.sendall(b"POST /score HTTP/1.1\r\nHost: h\r\nContent-Length: -1\r\n\r\n{")
-        assert client.recv(100).startswith(b"HTTP/1.1 400 ")
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
-        client.sendall(b"POST /score HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\n{")
-    assert requests.get(f"{address}/health").status_code == 200
+def test_a_body_that_does_not_arrive_is_given_up(package: Path) -> None:
+    with serving(package, read_seconds=0.5) as address:
+        port = int(address.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            client.sendall(b"POST /score HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\n{")
+            assert client.recv(100).startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            client.sendall(b"POST /score HTTP/1.1\r\nHost: h\r\nContent-Length: -1\r\n\r\n{")
+            assert client.recv(100).startswith(b"HTTP/1.1 400 ")
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            client.sendall(b"POST /score HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\n{")
+        assert requests.get(f"{address}/health").status_code == 200
 
 
 ANYTHING = st.recursive(
