@@ -183,6 +183,16 @@ def measure_http(request: Request, process: psutil.Process, clients: int, second
     p50, p99 = np.percentile(taken, [50, 99]) * 1000
     print(f"\nHTTP, {clients} clients: {len(taken) / seconds:.1f} a second, {p50:.1f} ms p50, {p99:.1f} ms p99")
     print(f"answers by status: {dict(statuses)}; memory in MiB, at fifths of the time: {', '.join(memory)}")
+    print(f"scored together: {scored_together():.1f} requests on average")
+
+
+def scored_together() -> float:
+    """Return how many requests the service has scored at once, on average."""
+    connection = http.client.HTTPConnection("127.0.0.1", PORT)
+    connection.request("GET", "/metrics")
+    lines = [line.split() for line in connection.getresponse().read().decode().splitlines()]
+    value = {line[0]: float(line[1]) for line in lines if line[0].startswith("em3_requests_together_")}
+    return value["em3_requests_together_sum"] / value["em3_requests_together_count"]
 
 
 def send_fuzz(count: int) -> Counter[int]:

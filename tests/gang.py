@@ -41,10 +41,11 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-__all__ = ["Gang", "GangError", "run_ranks"]
+__all__ = ["Gang", "GangError", "run_ranks", "start_process"]
 
 HOST = "127.0.0.1"
 TIMEOUT_SECONDS = 120.0
+IMPORTED = ("pytest", "hypothesis", "torchrec_em3.commands.train", "torchrec_em3.commands.evaluate")
 GRACE_SECONDS = 2.0  # how long the others may still report once one rank has failed
 
 
@@ -129,11 +130,9 @@ class Gang:
         """Start the processes; the store lives here, on a port that the system picks, so that gangs cannot collide."""
         limit = timedelta(seconds=seconds)
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=limit)
-        context = multiprocessing.get_context("spawn")  # a fork would inherit locks held by torch's threads
         for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, self._store.port, seconds, theirs))
-            process.start()
+            ours, theirs = multiprocessing.Pipe()
+            process = start_process(_serve, rank, self.world_size, self._store.port, seconds, theirs)
             theirs.close()
             self._ranks.append(_Rank(process, ours))
 
@@ -170,6 +169,25 @@ class Gang:
             rank.connection.close()
         self._ranks = []
         self._store = None
+
+
+def start_process(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """Start a process that has torch and this package imported already, with the environment of this one.
+
+    Importing takes longer than most tests. So one server imports, before it has threads of which a fork could inherit
+    a held lock, and the processes are its forks.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    process = context.Process(target=_in_environment, args=(dict(os.environ), target, args))
+    process.start()
+    return process
+
+
+def _in_environment(environment: dict[str, str], target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    target(*args)
 
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:

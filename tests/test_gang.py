@@ -2,6 +2,7 @@
 
 import os
 import time
+from multiprocessing.forkserver import _forkserver
 from multiprocessing.resource_tracker import _resource_tracker
 from typing import NamedTuple
 
@@ -53,9 +54,9 @@ def test_one_gang_serves_many_calls_and_recovers_from_a_hanging_rank() -> None:
         with pytest.raises(GangError, match="no answer in 2 s"):
             gang.run(hang, timeout=2)
         assert time.monotonic() - started < 10
-        assert children() - before <= resource_tracker(), "a hanging rank must be killed"
+        assert children() - before <= bookkeepers(), "a hanging rank must be killed"
         assert [int(pair.total) for pair in gang.run(sum_of_ranks, 1)] == [3, 3]
-    assert children() - before <= resource_tracker(), "no rank may outlive its gang"
+    assert children() - before <= bookkeepers(), "no rank may outlive its gang"
 
 
 def test_each_failing_rank_is_told_by_name_and_leaves_nothing() -> None:
@@ -64,7 +65,7 @@ def test_each_failing_rank_is_told_by_name_and_leaves_nothing() -> None:
         run_ranks(2, fail_each_in_its_way, timeout=60)
     assert "exit code 7" in failure.value.errors[0]
     assert "planted" in failure.value.errors[1]
-    assert children() - before <= resource_tracker()
+    assert children() - before <= bookkeepers()
 
 
 def test_local_functions_are_refused() -> None:
@@ -74,7 +75,7 @@ def test_local_functions_are_refused() -> None:
         run_ranks(1, local)
 
 
-def resource_tracker() -> set[int]:
-    """multiprocessing's own bookkeeping process, which lives as long as pytest."""
-    pid = getattr(_resource_tracker, "_pid", None)
-    return set() if pid is None else {pid}
+def bookkeepers() -> set[int]:
+    """multiprocessing's own processes, which live as long as pytest."""
+    pids = getattr(_resource_tracker, "_pid", None), getattr(_forkserver, "_forkserver_pid", None)
+    return {pid for pid in pids if pid is not None}

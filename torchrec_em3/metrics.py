@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import roc_auc_score
 
 from torchrec_em3.errors import DataError, NumericError
 
@@ -88,7 +87,7 @@ def ranking_metrics(
     result["logloss"] = logloss
     if y.any() and not y.all():
         entropy = -base_rate * np.log(base_rate) - (1.0 - base_rate) * np.log1p(-base_rate)
-        result["auc"] = float(roc_auc_score(y, x, sample_weight=w))
+        result["auc"] = _auc(y, x, w)
         result["ne"] = float(logloss / entropy)
     if y.any():
         result["calibration"] = float(w @ _sigmoid(x) / total / base_rate)
@@ -181,7 +180,7 @@ def attainable_auc(probability: ArrayLike, label: ArrayLike, weight: ArrayLike |
         weight: As in `ranking_metrics`.
     """
     y, p, w, _ = _aligned(label, probability, weight, None)
-    return float(roc_auc_score(y, p, sample_weight=w)) if len(np.unique(y)) == 2 else None
+    return _auc(y, p, w) if len(np.unique(y)) == 2 else None
 
 
 def auc_difference(label: ArrayLike, first: ArrayLike, second: ArrayLike) -> AucDifference | None:
@@ -258,6 +257,13 @@ def _same_length(length: int, **columns: NDArray | None) -> None:
     for name, column in columns.items():
         if column is not None and column.shape != (length,):
             raise DataError(f"{name} has shape {column.shape}, must be ({length},) like label; pass one entry a row")
+
+
+def _auc(y: Floats, x: Floats, w: Floats) -> float:
+    # Takes a quarter of a training's time to start, and of several ranks the first alone computes metrics.
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(y, x, sample_weight=w))
 
 
 def _aligned(

@@ -23,9 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--max_body_bytes", type=int, default=1 << 20, help="Bytes of a request's body.")
     parser.add_argument("--read_seconds", type=float, default=5.0, help="Seconds in which a body must have arrived.")
     parser.add_argument("--max_waiting", type=int, default=128, help="Requests that wait; one more is refused.")
-    parser.add_argument(
-        "--concurrency", type=int, default=os.cpu_count() or 1, help="Requests scored at a time, a thread each."
-    )
+    parser.add_argument("--concurrency", type=int, default=os.cpu_count() or 1, help="Threads that score.")
     values = parser.parse(arguments)
     for name in ("max_candidates", "max_body_bytes", "read_seconds", "max_waiting", "concurrency"):
         if getattr(values, name) <= 0:

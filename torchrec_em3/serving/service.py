@@ -1,14 +1,12 @@
 """The HTTP service: POST /score and /reload, GET /health, /metrics and /openapi.json.
 
 Everything a client can send is bounded: bytes and seconds of the body, candidates, history, requests that wait. A new
-package is read beside the one in use and takes its place at once; a request keeps the package it began with.
+package is read beside the one in use and takes its place at once; what is being scored keeps the one it began with.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,12 +21,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.requests import ClientDisconnect
 
 from torchrec_em3.errors import CheckpointError, DataError
+from torchrec_em3.serving.request_queue import QueueFullError, RequestQueue
 from torchrec_em3.serving.scorer import Request, Scorer
 
 __all__ = ["Limits", "create_app"]
 
 MAX_ID_LENGTH = 256
 RETRY_SECONDS = "1"
+TOGETHER_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 Id = Annotated[str, Field(max_length=MAX_ID_LENGTH)] | Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -41,8 +41,8 @@ class Limits:
         read_seconds: Time in which the body must have arrived; longer is 408.
         candidates: Candidates of a request; more is 422.
         history: Items of a history; more is 422.
-        concurrency: Requests that are scored at the same time, each by one thread.
-        waiting: Requests that wait for their turn; one more is 429.
+        concurrency: Threads that score, each a request or several short ones at a time.
+        waiting: Requests that wait for a thread; one more is 429.
     """
 
     body_bytes: int = 1 << 20
@@ -83,21 +83,25 @@ class _Metrics:
         self.requests = Counter("em3_requests", "Requests by path and status.", ["path", "status"], registry=registry)
         self.seconds = Histogram("em3_score_seconds", "Time of POST /score, waiting included.", registry=registry)
         self.candidates = Counter("em3_candidates", "Candidates scored.", registry=registry)
-        self.waiting = Gauge("em3_waiting", "Requests that wait for their turn.", registry=registry)
+        self.together = Histogram(
+            "em3_requests_together", "Requests scored together.", buckets=TOGETHER_BUCKETS, registry=registry
+        )
+        self.waiting = Gauge("em3_waiting", "Requests that wait for a thread.", registry=registry)
         self.package = Gauge("em3_package", "Package in use.", ["version"], registry=registry)
 
 
 class _Service:
-    """The package in use, the turns to score and the numbers for /metrics."""
+    """The package in use, the requests that wait for it and the numbers for /metrics."""
 
     def __init__(self, folder: Path, limits: Limits) -> None:
         self.limits, self.metrics = limits, _Metrics()
         self.body = _body_model(limits)
         self._folder = folder
-        self._threads = ThreadPoolExecutor(limits.concurrency, "score")
-        self._turns = asyncio.Semaphore(limits.concurrency)
         self._reloading = asyncio.Lock()
-        self._waiting = 0
+        self._queue = RequestQueue(
+            lambda: self.scorer, limits.concurrency, limits.waiting, self.metrics.together.observe
+        )
+        self.metrics.waiting.set_function(lambda: len(self._queue))
         self._use(_load(folder))
 
     def _use(self, scorer: Scorer) -> None:
@@ -113,13 +117,13 @@ class _Service:
     async def score(self, http: HttpRequest) -> Scores:
         started = time.perf_counter()
         request = self._parse(await self._read(http))
-        async with self._turn():
-            scorer = self.scorer
-            loop = asyncio.get_running_loop()
-            try:
-                (score_K,) = await loop.run_in_executor(self._threads, scorer.score, [request])
-            except DataError as error:
-                raise HTTPException(422, str(error)) from error
+        try:
+            scorer, score_K = await self._queue.score(request)
+        except QueueFullError as error:
+            detail = f"{self.limits.waiting} requests wait already; try again later"
+            raise HTTPException(429, detail, {"Retry-After": RETRY_SECONDS}) from error
+        except DataError as error:
+            raise HTTPException(422, str(error)) from error
         self.metrics.candidates.inc(len(score_K))
         self.metrics.seconds.observe(time.perf_counter() - started)
         return _answer(scorer, score_K)
@@ -148,23 +152,6 @@ class _Service:
             raise HTTPException(422, f"{where}: {first['msg']}") from error
         features = {name: str(value) for name, value in body.features.items()}
         return Request(str(body.user), list(map(str, body.history)), list(map(str, body.candidates)), features)
-
-    @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        if self._waiting >= self.limits.waiting:
-            detail = f"{self.limits.waiting} requests wait already; try again later"
-            raise HTTPException(429, detail, {"Retry-After": RETRY_SECONDS})
-        self._waiting += 1
-        self.metrics.waiting.set(self._waiting)
-        try:
-            await self._turns.acquire()
-        finally:
-            self._waiting -= 1
-            self.metrics.waiting.set(self._waiting)
-        try:
-            yield
-        finally:
-            self._turns.release()
 
 
 def _answer(scorer: Scorer, score_K: NDArray[np.float32]) -> Scores:
