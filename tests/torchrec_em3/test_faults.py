@@ -1,24 +1,17 @@
 """Runs that are really killed, in processes of their own, and continued: losses and weights of an undisturbed run."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
-import torchrec_em3
-from tests.gang import start_process
-from torchrec_em3 import cli
+from tests.program import SECONDS, exit_code, finish, start
 from torchrec_em3.checkpoint_manifest import read_manifest
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.faults import VARIABLE, fault_point
 
-ROOT = Path(torchrec_em3.__file__).parents[1]
 SAVE_PLACES = ["save.start", "save.shard", "save.metadata", "save.progress", "save.manifest", "save.done"]
 STEP_PLACES = ["step", "backward", "optimizer", "validate", "load"]
 STEP_PHASES = ["batch", "exchange", "forward", "backward", "optimizer"]
@@ -29,7 +22,6 @@ ALWAYS = ("save.shard:1:3",)
 """What is tried whenever the tests run; a kill in a step is, too, by torchx."""
 IN_BACKGROUND = ["--train.async_checkpoints", "true"]
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1", "-m"]
-SECONDS = 800
 
 
 def command(data: Path, run: Path, *more: str) -> list[str]:
@@ -43,50 +35,6 @@ def torchx_command(config: Path, data: Path, run: Path) -> list[str]:
     options = f"-j 1x2 --config {config} --data {data} --run {run} --max_retries 1"
     launcher = f"torchx.cli.main run -s local_cwd -cfg log_dir={run.parent} torchx_specs/train.py:train"
     return [*launcher.split(), *options.split()]
-
-
-def environment(fault: str | None = None) -> dict[str, str]:
-    faults = {} if fault is None else {VARIABLE: fault}
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
-    alone["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{alone['PATH']}"  # TorchX starts torchrun by its name
-    return {**alone, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **faults}
-
-
-def start(arguments: list[str], log: Path, fault: str | None = None) -> BaseProcess:
-    """Start `python -m torchrec_em3` with these arguments, in a process that has imported it already."""
-    assert arguments[0] == "torchrec_em3"
-    return start_process(em3, arguments[1:], log, environment(fault))
-
-
-def em3(arguments: list[str], log: Path, variables: dict[str, str]) -> None:
-    """Be that process; its output goes to the end of `log`."""
-    with log.open("ab") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    os.environ.update(variables)
-    sys.argv = ["em3", *arguments]
-    cli.main()
-
-
-def finish(arguments: list[str], log: Path, fault: str | None = None) -> int:
-    """Run `python -m` with these arguments to its end; returns the exit code."""
-    if arguments[0] == "torchrec_em3":
-        process = start(arguments, log, fault)
-        try:
-            return exit_code(process)
-        finally:
-            process.kill()
-    with log.open("ab") as output:
-        command = [sys.executable, "-m", *arguments]
-        return subprocess.run(
-            command, cwd=ROOT, env=environment(fault), stdout=output, stderr=output, timeout=SECONDS
-        ).returncode
-
-
-def exit_code(process: BaseProcess) -> int:
-    process.join(SECONDS)
-    assert process.exitcode is not None, f"still running after {SECONDS} seconds"
-    return process.exitcode
 
 
 def lines(run: Path) -> list[str]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import tests.tiny_parts  # noqa: F401
 from tests.gang import run_ranks
-from tests.torchrec_em3.test_faults import finish
+from tests.program import finish
 from torchrec_em3 import follow as follow_module
 from torchrec_em3.cli import run as em3
 from torchrec_em3.commands.follow import follow

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.torchrec_em3 import test_faults as faults
+from tests.program import ROOT, finish
+from tests.torchrec_em3.test_faults import TORCHRUN, command
 from torchrec_em3 import watchdog
 from torchrec_em3.config import TrainConfig
 from torchrec_em3.errors import ConfigError
@@ -30,7 +31,7 @@ with watchdog.StepWatchdog(float(sys.argv[1]), 3) as dog:
 
 
 def test_a_step_that_hangs_ends_the_process_with_all_stacks() -> None:
-    ended = subprocess.run([sys.executable, "-c", HANGS, "0.2"], cwd=faults.ROOT, capture_output=True, timeout=50)
+    ended = subprocess.run([sys.executable, "-c", HANGS, "0.2"], cwd=ROOT, capture_output=True, timeout=50)
     said = ended.stderr.decode()
     assert ended.returncode == EXIT_CODE == 7
     assert said.startswith("em3: a step took more than --train.step_timeout 0.2 s on rank 3; its threads are below.")
@@ -69,9 +70,9 @@ def test_the_thread_ends_with_the_watch_and_zero_needs_none() -> None:
 
 @pytest.mark.slow
 def test_when_one_rank_hangs_every_rank_says_where(tiny_data: Path, tmp_path: Path) -> None:
-    launch = ["torch.distributed.run", "--nproc_per_node", "2", "-m"]
-    arguments = faults.command(tiny_data, tmp_path / "run", "--train.step_timeout", "30")
-    assert faults.finish([*launch, *arguments], tmp_path / "log", "step:1:9:hang") != 0
+    arguments = [*TORCHRUN, *command(tiny_data, tmp_path / "run", "--train.step_timeout", "30")]
+    arguments[arguments.index("--max_restarts") + 1] = "0"
+    assert finish(arguments, tmp_path / "log", "step:1:9:hang") != 0
     said = (tmp_path / "log").read_text()
     assert all(f"--train.step_timeout 30 s on rank {rank}" in said for rank in (0, 1))
     assert "in fault_point" in said, "the place of the rank that hangs"
