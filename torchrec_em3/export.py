@@ -38,6 +38,7 @@ from torchrec_em3.serving.package import (
 from torchrec_em3.serving.rows import Precision, pack_rows
 from torchrec_em3.serving.scorer import Scorer
 from torchrec_em3.serving_graph import ServingGraph, export_graph
+from torchrec_em3.tensor_files import make_readable
 from torchrec_em3.trained_run import TrainedRun
 
 __all__ = ["Exported", "check_exportable", "export_package", "new_folder"]
@@ -136,8 +137,7 @@ def _write_tensors(folder: Path, trained: TrainedRun, precision: Precision, devi
         rows["codes"], masks["has_codes"] = codes.rows_VD, codes.valid_V
     packed = {name: pack_rows(table, precision) for name, table in rows.items()}
     save_file({**packed, **masks}, folder / TABLES_FILE)
-    # safetensors makes a file that its owner alone may read.
-    (folder / TABLES_FILE).chmod(0o644)
+    make_readable(folder / TABLES_FILE)
     graph = ServingGraph(model, None if content is None else content.history)
     torch.export.save(export_graph(graph, trained.config.model.embedding_dim), folder / GRAPH_FILE)
     return sum(table.numel() * 4 for table in rows.values()) + sum(mask.numel() for mask in masks.values())

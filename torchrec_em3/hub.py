@@ -31,6 +31,7 @@ from torchrec_em3.parsing import parse_config
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import write_json
 from torchrec_em3.schema import CodeSpec, FeatureSchema, ModalitySpec, SparseFeature
+from torchrec_em3.tensor_files import make_readable
 from torchrec_em3.tier_edges import rows_at_tier_edges
 from torchrec_em3.trained_run import TrainedRun
 
@@ -67,7 +68,7 @@ def save_pretrained(trained: TrainedRun, run: Path, out: Path, ranks: Ranks) -> 
     config = trained.config.as_dict() | {"data": "", "run": "", "plugins": ""}
     with new_folder(out) as folder:
         save_model(_unsharded(trained, schema), str(folder / WEIGHTS_FILE))
-        (folder / WEIGHTS_FILE).chmod(0o644)
+        make_readable(folder / WEIGHTS_FILE)
         cuts = {name: spec for name, spec in trained.data.meta["modalities"].items() if "cut" in spec}
         described = {"config": config, "schema": dataclasses.asdict(schema), "encoders": cuts}
         write_json(folder / CONFIG_FILE, {"model_type": "em3", **described})
