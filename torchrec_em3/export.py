@@ -20,7 +20,7 @@ from torch import Tensor
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.export_parity import Parity, measure_parity
-from torchrec_em3.export_tables import catalogue_codes, catalogue_content, id_tables
+from torchrec_em3.export_tables import CatalogueContent, catalogue_codes, catalogue_content, id_tables
 from torchrec_em3.id_tables import ITEM_TABLE, USER_TABLE, uses_raw_ids
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import write_json
@@ -77,12 +77,16 @@ def export_package(trained: TrainedRun, out: Path, precision: Precision, ranks: 
             `export_parity` allows.
     """
     check_exportable(trained, ranks)
+    model = trained.sharded.model
     with new_folder(out) as folder:
-        float_bytes = _write_tensors(folder, trained, precision, ranks.device)
+        content = None
+        if model.content is not None:
+            content = catalogue_content(model.content, model.item_rows, ranks.device)
+        float_bytes = _write_tensors(folder, trained, content, precision, ranks.device)
         _write_vocabularies(folder, trained.data)
         config = _config(folder, trained, precision)
         write_json(folder / CONFIG_FILE, config.as_dict())
-        parity = measure_parity(Scorer(folder), trained, ranks)
+        parity = measure_parity(Scorer(folder), trained, content, ranks)
         config = dataclasses.replace(config, parity=parity._asdict())
         write_json(folder / CONFIG_FILE, config.as_dict())
         write_manifest(folder)
@@ -117,14 +121,14 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_tensors(folder: Path, trained: TrainedRun, precision: Precision, device: torch.device) -> int:
+def _write_tensors(
+    folder: Path, trained: TrainedRun, content: CatalogueContent | None, precision: Precision, device: torch.device
+) -> int:
     """Write the tables and the graph; return the bytes that the tables would take in float32."""
     model = trained.sharded.model
     rows = id_tables(model, FeatureSchema.from_meta(trained.data.meta), device)
     masks: dict[str, Tensor] = {}
-    content = None
-    if model.content is not None:
-        content = catalogue_content(model.content, model.item_rows, device)
+    if content is not None:
         rows["content"] = content.target_ID
         if content.history is not None and content.history.valid_V is not None:
             masks["has_content"] = content.history.valid_V

@@ -22,7 +22,7 @@ from torchrec_em3.encoder_suffixes import EncoderSuffixes, build_suffixes
 from torchrec_em3.errors import CheckpointError, DataError
 from torchrec_em3.export import check_exportable, new_folder
 from torchrec_em3.export_parity import Parity, compare, model_predictions
-from torchrec_em3.export_tables import catalogue_content, id_tables
+from torchrec_em3.export_tables import CatalogueContent, catalogue_content, id_tables
 from torchrec_em3.hub_card import model_card
 from torchrec_em3.hub_codes import CODES_FILE, SavedCodes, save_codes
 from torchrec_em3.item_tokens import CodeSource, ItemTokens, TokenSource
@@ -62,12 +62,12 @@ def save_pretrained(trained: TrainedRun, run: Path, out: Path, ranks: Ranks) -> 
     if not (run / "summary.json").is_file():
         raise DataError(f"{run} has no summary.json for the model card; run em3 evaluate {run}")
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    expected, edges = model_predictions(trained, ranks), rows_at_tier_edges(trained, ranks)
-    schema = _schema_as_read(trained)
+    expected, content = model_predictions(trained, ranks), _needed_content(trained.sharded.model, ranks)
+    edges, schema = rows_at_tier_edges(trained, content), _schema_as_read(trained)
     # Neither the folders of this machine nor modules to import on another one.
     config = trained.config.as_dict() | {"data": "", "run": "", "plugins": ""}
     with new_folder(out) as folder:
-        save_model(_unsharded(trained, schema), str(folder / WEIGHTS_FILE))
+        save_model(_unsharded(trained, schema, content), str(folder / WEIGHTS_FILE))
         make_readable(folder / WEIGHTS_FILE)
         cuts = {name: spec for name, spec in trained.data.meta["modalities"].items() if "cut" in spec}
         described = {"config": config, "schema": dataclasses.asdict(schema), "encoders": cuts}
@@ -165,8 +165,15 @@ def _empty(
     return EM3Model(schema, config, store or _NoTokens(schema), CPU, codes, encoders)
 
 
+def _needed_content(model: EM3Model, ranks: Ranks) -> CatalogueContent | None:
+    """Encode the catalogue where the bank or a histogram of similarities is made of it."""
+    if model.content is None or (model.content.bank is None and model.content.similarity is None):
+        return None
+    return catalogue_content(model.content, model.item_rows, ranks.device)
+
+
 @torch.no_grad()
-def _unsharded(trained: TrainedRun, schema: FeatureSchema) -> EM3Model:
+def _unsharded(trained: TrainedRun, schema: FeatureSchema, content: CatalogueContent | None) -> EM3Model:
     """Return a copy of the run's model, its tables whole and its bank filled for all items, on the CPU."""
     source = trained.sharded.model
     device = next(source.attention.parameters()).device
@@ -181,7 +188,7 @@ def _unsharded(trained: TrainedRun, schema: FeatureSchema) -> EM3Model:
     if source.content is not None and source.content.bank is not None:
         assert whole.content is not None
         assert isinstance(whole.content.bank, ContentBank)
-        content = catalogue_content(source.content, source.item_rows, device)
+        assert content is not None
         assert content.history is not None
         assert content.history.valid_V is not None
         (row_V,) = torch.where(content.history.valid_V)
