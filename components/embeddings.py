@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_em3.batch import HISTORY, TARGET
 from torchrec_em3.components.lookup import JoinedLookup, Lookup
-from torchrec_em3.components.managed_ids import hashed_rows, manage, rows_and_owners
+from torchrec_em3.components.managed_ids import hashed_rows, manage, managed_rows, rows_and_owners
 from torchrec_em3.schema import FeatureSchema
 
 __all__ = ["ItemEmbedding", "ItemRows", "Precision", "UserEmbedding", "UserIdEmbedding"]
@@ -115,6 +115,16 @@ class UserEmbedding(nn.Module):
             found |= {name: pooled[name] for name in self._pooled}
         return found
 
+    def table_rows(self, user_N: Tensor) -> Tensor:
+        """Return the row of the user table that each user has; all rows must be held by this process.
+
+        Args:
+            user_N: Users as `forward` takes them: rows of the vocabulary, or raw ids.
+        """
+        if self._ids.kind == "hashed":
+            return hashed_rows(user_N, self._ids.rows)
+        return user_N if self.by_id is None else managed_rows(user_N, self.by_id.tables)
+
     def _hash_users(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         user, rest = features.split([1, len(self.names) - 1])
         row_B = hashed_rows(user.values(), self._ids.rows)
@@ -205,6 +215,15 @@ class ItemEmbedding(nn.Module):
             target_UD = torch.where(known_U[:, None], target_UD, unknown_D)
             history_VD = torch.where(known_V[:, None], history_VD, unknown_D)
         return ItemRows(target_UD, history_VD, unknown_D, known_U)
+
+    def table_rows(self, item_N: Tensor) -> Tensor:
+        """Return the row of the item table that each catalogue row has; all rows must be held by this process."""
+        id_N = self._table_id(item_N)
+        return managed_rows(id_N, self.tables) if self._ids.kind == "managed" else id_N
+
+    def save_raw_ids(self) -> None:
+        """Make the raw ids part of the state, for a model that is saved without the data that they come from."""
+        self.register_buffer("_raw_ids", self._raw_ids, persistent=True)
 
     def _table_id(self, item: Tensor) -> Tensor:
         """Return what the table takes for catalogue rows: rows of its own, or raw ids where they are managed."""

@@ -24,7 +24,7 @@ from torchrec_em3.components.lookup import Lookup
 from torchrec_em3.errors import CheckpointError
 from torchrec_em3.schema import IdSpec
 
-__all__ = ["ManagedIds", "hashed_rows", "manage", "rows_and_owners"]
+__all__ = ["ManagedIds", "hashed_rows", "manage", "managed_rows", "rows_and_owners"]
 
 _POLICIES: Mapping[str, type[MCHEvictionPolicy]] = {
     "lfu": LFU_EvictionPolicy,
@@ -123,6 +123,17 @@ def manage(collection: EmbeddingCollection, spec: IdSpec, device: torch.device) 
     return ManagedCollisionEmbeddingCollection(collection, managed, return_remapped_features=True)
 
 
+def managed_rows(id_N: Tensor, tables: torch.nn.Module) -> Tensor:
+    """Return the row of each raw id, 0 where it has none; the map is read, whether in training or not.
+
+    Args:
+        id_N: Raw ids.
+        tables: A managed collection that this process holds all rows of.
+    """
+    feature = JaggedTensor(id_N, lengths=torch.ones_like(id_N))
+    return _map_of(tables).remap({"id": feature})["id"].values()
+
+
 def rows_and_owners(lookup: Lookup, tables: torch.nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Complete a lookup of a sequence collection.
 
@@ -139,6 +150,11 @@ def rows_and_owners(lookup: Lookup, tables: torch.nn.Module) -> dict[str, tuple[
         ids = lookup.features.to_dict()
         return {name: (found[name].values(), ids[name].values() > 0) for name in names}
     rows, remapped = found
-    (mapping,) = (module for module in tables.modules() if isinstance(module, ManagedIds))
+    rows_a_shard = _map_of(tables).output_size()
     row_of = (remapped.wait() if hasattr(remapped, "wait") else remapped).to_dict()
-    return {name: (rows[name].values(), row_of[name].values() % mapping.output_size() != 0) for name in names}
+    return {name: (rows[name].values(), row_of[name].values() % rows_a_shard != 0) for name in names}
+
+
+def _map_of(tables: torch.nn.Module) -> ManagedIds:
+    (mapping,) = (module for module in tables.modules() if isinstance(module, ManagedIds))
+    return mapping

@@ -15,16 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.export_parity import Parity, measure_parity
-from torchrec_em3.export_tables import catalogue_codes, catalogue_content, id_tables
-from torchrec_em3.id_tables import ITEM_TABLE, USER_TABLE, uses_raw_ids
+from torchrec_em3.export_tables import CatalogueContent, catalogue_codes, catalogue_content, id_tables
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import write_json
-from torchrec_em3.schema import FeatureSchema
 from torchrec_em3.serving.package import (
     CONFIG_FILE,
     GRAPH_FILE,
@@ -38,6 +35,7 @@ from torchrec_em3.serving.package import (
 from torchrec_em3.serving.rows import Precision, pack_rows
 from torchrec_em3.serving.scorer import Scorer
 from torchrec_em3.serving_graph import ServingGraph, export_graph
+from torchrec_em3.tensor_files import make_readable
 from torchrec_em3.trained_run import TrainedRun
 
 __all__ = ["Exported", "check_exportable", "export_package", "new_folder"]
@@ -75,13 +73,17 @@ def export_package(trained: TrainedRun, out: Path, precision: Precision, ranks: 
         NumericError: If the package's scores on the validation split differ from the model's by more than
             `export_parity` allows.
     """
-    check_exportable(trained, ranks)
+    check_exportable(ranks)
+    model = trained.sharded.model
     with new_folder(out) as folder:
-        float_bytes = _write_tensors(folder, trained, precision, ranks.device)
+        content = None
+        if model.content is not None:
+            content = catalogue_content(model.content, model.item_rows, ranks.device)
+        float_bytes = _write_tensors(folder, trained, content, precision, ranks.device)
         _write_vocabularies(folder, trained.data)
         config = _config(folder, trained, precision)
         write_json(folder / CONFIG_FILE, config.as_dict())
-        parity = measure_parity(Scorer(folder), trained, ranks)
+        parity = measure_parity(Scorer(folder), trained, content, ranks)
         config = dataclasses.replace(config, parity=parity._asdict())
         write_json(folder / CONFIG_FILE, config.as_dict())
         write_manifest(folder)
@@ -89,12 +91,10 @@ def export_package(trained: TrainedRun, out: Path, precision: Precision, ranks: 
     return Exported(config.version, parity, (out / TABLES_FILE).stat().st_size, float_bytes, package_bytes)
 
 
-def check_exportable(trained: TrainedRun, ranks: Ranks) -> None:
-    """Raise ConfigError for several processes, and for tables that the vocabularies of a package do not fit."""
+def check_exportable(ranks: Ranks) -> None:
+    """Raise ConfigError for several processes, none of which holds whole tables."""
     if ranks.world_size > 1:
         raise ConfigError(f"em3 export runs in one process, not in {ranks.world_size}; start it without torchrun")
-    if any(uses_raw_ids(trained.config.embeddings, name) for name in (USER_TABLE, ITEM_TABLE)):
-        raise ConfigError("em3 export has no form for tables of raw ids yet; export a run without")
 
 
 @contextmanager
@@ -116,31 +116,29 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_tensors(folder: Path, trained: TrainedRun, precision: Precision, device: torch.device) -> int:
+def _write_tensors(
+    folder: Path, trained: TrainedRun, content: CatalogueContent | None, precision: Precision, device: torch.device
+) -> int:
     """Write the tables and the graph; return the bytes that the tables would take in float32."""
     model = trained.sharded.model
-    rows = id_tables(model, FeatureSchema.from_meta(trained.data.meta), device)
-    masks: dict[str, Tensor] = {}
-    content = None
-    if model.content is not None:
-        content = catalogue_content(model.content, model.item_rows, device)
+    rows, others = id_tables(trained, device)
+    if content is not None:
         rows["content"] = content.target_ID
         if content.history is not None and content.history.valid_V is not None:
-            masks["has_content"] = content.history.valid_V
+            others["has_content"] = content.history.valid_V
             # Where histories read the bank, its rows are the very content of the targets.
             if not torch.equal(content.history.rows_VD, content.target_ID):
                 rows["history_content"] = content.history.rows_VD
     if model.codes is not None:
         codes = catalogue_codes(model.codes, model.item_rows, device)
         assert codes.valid_V is not None
-        rows["codes"], masks["has_codes"] = codes.rows_VD, codes.valid_V
+        rows["codes"], others["has_codes"] = codes.rows_VD, codes.valid_V
     packed = {name: pack_rows(table, precision) for name, table in rows.items()}
-    save_file({**packed, **masks}, folder / TABLES_FILE)
-    # safetensors makes a file that its owner alone may read.
-    (folder / TABLES_FILE).chmod(0o644)
+    save_file({**packed, **others}, folder / TABLES_FILE)
+    make_readable(folder / TABLES_FILE)
     graph = ServingGraph(model, None if content is None else content.history)
     torch.export.save(export_graph(graph, trained.config.model.embedding_dim), folder / GRAPH_FILE)
-    return sum(table.numel() * 4 for table in rows.values()) + sum(mask.numel() for mask in masks.values())
+    return sum(table.numel() * 4 for table in rows.values()) + sum(other.nbytes for other in others.values())
 
 
 def _write_vocabularies(folder: Path, data: PreparedData) -> None:

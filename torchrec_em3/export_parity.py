@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torchrec_em3.datasets.prepared import PreparedData, Split
 from torchrec_em3.errors import NumericError
 from torchrec_em3.evaluate import Predictions, predict, refresh_bank
+from torchrec_em3.export_tables import CatalogueContent
 from torchrec_em3.metrics import ranking_metrics
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.serving.rows import Precision
@@ -46,8 +47,14 @@ class Parity(NamedTuple):
     exempt: int = 0
 
 
-def measure_parity(scorer: Scorer, trained: TrainedRun, ranks: Ranks) -> Parity:
+def measure_parity(scorer: Scorer, trained: TrainedRun, content: CatalogueContent | None, ranks: Ranks) -> Parity:
     """Score the validation split by the model and by the package.
+
+    Args:
+        scorer: The package.
+        trained: The run that it was made of.
+        content: Content of the catalogue, if the model has any.
+        ranks: A single process.
 
     Raises:
         NumericError: If the two differ by more than the limits above.
@@ -55,7 +62,7 @@ def measure_parity(scorer: Scorer, trained: TrainedRun, ranks: Ranks) -> Parity:
     expected = model_predictions(trained, ranks)
     parts = [scorer.logits(part) for part in split_requests(trained.data, "validation", scorer.config.max_history)]
     logit_B = np.concatenate([logit for part in parts for logit in part])
-    return compare(logit_B, expected, scorer.config.precision, rows_at_tier_edges(trained, ranks))
+    return compare(logit_B, expected, scorer.config.precision, rows_at_tier_edges(trained, content))
 
 
 def model_predictions(trained: TrainedRun, ranks: Ranks) -> Predictions:

@@ -11,26 +11,30 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.content_bank import ContentBank
 from torchrec_em3.config import Config
 from torchrec_em3.datasets.codes import CodeStore
-from torchrec_em3.datasets.loader import BatchStream, batch_loader
+from torchrec_em3.datasets.loader import batch_loader
 from torchrec_em3.datasets.tokens import TokenStore
 from torchrec_em3.encoder_suffixes import EncoderSuffixes, build_suffixes
 from torchrec_em3.errors import CheckpointError, DataError
 from torchrec_em3.export import check_exportable, new_folder
 from torchrec_em3.export_parity import Parity, compare, model_predictions
-from torchrec_em3.export_tables import catalogue_content, id_tables
+from torchrec_em3.export_tables import CatalogueContent, catalogue_content
 from torchrec_em3.hub_card import model_card
 from torchrec_em3.hub_codes import CODES_FILE, SavedCodes, save_codes
+from torchrec_em3.id_tables import ITEM_TABLE, USER_TABLE, uses_raw_ids
 from torchrec_em3.item_tokens import CodeSource, ItemTokens, TokenSource
 from torchrec_em3.model import EM3Model
 from torchrec_em3.parsing import parse_config
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import write_json
 from torchrec_em3.schema import CodeSpec, FeatureSchema, ModalitySpec, SparseFeature
+from torchrec_em3.streams import open_stream
+from torchrec_em3.tensor_files import make_readable
 from torchrec_em3.tier_edges import rows_at_tier_edges
 from torchrec_em3.trained_run import TrainedRun
 
@@ -57,25 +61,26 @@ def save_pretrained(trained: TrainedRun, run: Path, out: Path, ranks: Ranks) -> 
         DataError: If the run has no summary.json.
         NumericError: If the model that is read again scores differently.
     """
-    check_exportable(trained, ranks)
+    check_exportable(ranks)
     if not (run / "summary.json").is_file():
         raise DataError(f"{run} has no summary.json for the model card; run em3 evaluate {run}")
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    expected, edges = model_predictions(trained, ranks), rows_at_tier_edges(trained, ranks)
-    schema = _schema_as_read(trained)
+    expected, content = model_predictions(trained, ranks), _needed_content(trained.sharded.model, ranks)
+    edges, schema = rows_at_tier_edges(trained, content), _schema_as_read(trained)
     # Neither the folders of this machine nor modules to import on another one.
     config = trained.config.as_dict() | {"data": "", "run": "", "plugins": ""}
     with new_folder(out) as folder:
-        save_model(_unsharded(trained, schema), str(folder / WEIGHTS_FILE))
-        (folder / WEIGHTS_FILE).chmod(0o644)
+        save_model(_unsharded(trained, schema, content), str(folder / WEIGHTS_FILE))
+        make_readable(folder / WEIGHTS_FILE)
         cuts = {name: spec for name, spec in trained.data.meta["modalities"].items() if "cut" in spec}
         described = {"config": config, "schema": dataclasses.asdict(schema), "encoders": cuts}
         write_json(folder / CONFIG_FILE, {"model_type": "em3", **described})
         if _uses_codes(trained.config, schema):
             save_codes(folder / CODES_FILE, CodeStore(trained.data.codes_folder), schema.item_rows)
-        (folder / CARD_FILE).write_text(model_card(summary, trained.origin), encoding="utf-8")
+        raw_users = uses_raw_ids(trained.config.embeddings, USER_TABLE)
+        (folder / CARD_FILE).write_text(model_card(summary, trained.origin, raw_users), encoding="utf-8")
         store = TokenStore(trained.data.tokens_folder) if trained.config.uses_content else None
-        return compare(_logits(from_pretrained(folder, store), trained), expected, "fp32", edges)
+        return compare(_logits(from_pretrained(folder, store), trained, ranks), expected, "fp32", edges)
 
 
 def from_pretrained(path_or_id: str | Path, store: TokenSource | None = None, revision: str | None = None) -> EM3Model:
@@ -161,26 +166,36 @@ def _empty(
     codes: CodeSource | None = None,
     encoders: EncoderSuffixes | None = None,
 ) -> EM3Model:
-    return EM3Model(schema, config, store or _NoTokens(schema), CPU, codes, encoders)
+    raw_ids = None
+    if uses_raw_ids(config.embeddings, ITEM_TABLE):
+        raw_ids = torch.zeros(schema.item_rows, dtype=torch.int64)
+    model = EM3Model(schema, config, store or _NoTokens(schema), CPU, codes, encoders, raw_ids)
+    if raw_ids is not None:
+        model.items.save_raw_ids()
+    return model
+
+
+def _needed_content(model: EM3Model, ranks: Ranks) -> CatalogueContent | None:
+    """Encode the catalogue where the bank or a histogram of similarities is made of it."""
+    if model.content is None or (model.content.bank is None and model.content.similarity is None):
+        return None
+    return catalogue_content(model.content, model.item_rows, ranks.device)
 
 
 @torch.no_grad()
-def _unsharded(trained: TrainedRun, schema: FeatureSchema) -> EM3Model:
+def _unsharded(trained: TrainedRun, schema: FeatureSchema, content: CatalogueContent | None) -> EM3Model:
     """Return a copy of the run's model, its tables whole and its bank filled for all items, on the CPU."""
     source = trained.sharded.model
-    device = next(source.attention.parameters()).device
     whole = _empty(schema, trained.config, None, encoders=copy.deepcopy(_encoders(source)))
-    tables = id_tables(source, schema, device)
-    dense = dict(source.named_parameters()) | dict(source.named_buffers())
+    # The raw ids of the catalogue are a buffer that is no part of the run's state.
+    state = dict(source.named_buffers()) | trained.sharded.module.state_dict()
     for name, value in whole.state_dict().items():
-        if ".tables." in name:
-            value.copy_(tables[name.split(".")[-2]])
-        elif not name.startswith("content.bank."):
-            value.copy_(dense[name])
+        if not name.startswith("content.bank."):
+            _copy(state[name], value)
     if source.content is not None and source.content.bank is not None:
         assert whole.content is not None
         assert isinstance(whole.content.bank, ContentBank)
-        content = catalogue_content(source.content, source.item_rows, device)
+        assert content is not None
         assert content.history is not None
         assert content.history.valid_V is not None
         (row_V,) = torch.where(content.history.valid_V)
@@ -188,11 +203,20 @@ def _unsharded(trained: TrainedRun, schema: FeatureSchema) -> EM3Model:
     return whole
 
 
+def _copy(source: Tensor | ShardedTensor, target: Tensor) -> None:
+    """Copy a tensor, or all shards of one that this process alone holds."""
+    if not isinstance(source, ShardedTensor):
+        target.copy_(source)
+        return
+    for shard in source.local_shards():
+        start, size = shard.metadata.shard_offsets, shard.metadata.shard_sizes
+        target[tuple(slice(first, first + length) for first, length in zip(start, size, strict=True))] = shard.tensor
+
+
 @torch.no_grad()
-def _logits(model: EM3Model, trained: TrainedRun) -> np.ndarray:
+def _logits(model: EM3Model, trained: TrainedRun, ranks: Ranks) -> np.ndarray:
     """Score the validation split."""
-    loader = trained.config.loader
-    stream = BatchStream(trained.data, "validation", batch_size=loader.batch_size, max_history=loader.max_history)
+    stream = open_stream(trained.config, trained.data, "validation", ranks)
     parts = [model(batch)[1].logit[batch.weight > 0] for batch in batch_loader(stream)]
     return torch.cat(parts).numpy()
 

@@ -34,19 +34,21 @@ from torchrec_em3.hub import from_pretrained
 model = from_pretrained("THIS FOLDER OR REPOSITORY")
 ```
 
-The model takes rows of the catalogue and of the user table in a `torchrec_em3.batch.Batch`, as
-`torchrec_em3.datasets.loader` makes them of the prepared data.
+The model takes rows of the catalogue and {users} in a `torchrec_em3.batch.Batch`, as
+{loader} makes them of the prepared data.
 To score by raw ids, export the run as a package: `em3 export RUN --out PACKAGE`.
 """
 
 
-def model_card(summary: Mapping[str, Any], origin: Mapping[str, str]) -> str:
+def model_card(summary: Mapping[str, Any], origin: Mapping[str, str], raw_users: bool) -> str:
     """Return the card as Markdown.
 
     Args:
         summary: Contents of summary.json.
         origin: Checkpoint and data (see `trained_run.describe_origin`).
+        raw_users: Whether the model takes raw ids of users.
     """
+    loader = "torchrec_em3.datasets.loader"
     measured = {
         "validation": summary["validation"],
         "test": summary["test"],
@@ -67,5 +69,7 @@ def model_card(summary: Mapping[str, Any], origin: Mapping[str, str]) -> str:
         parameters=count(summary["parameters"]["total"]),
         split=summary["split"],
         seed=summary["seed"],
+        users="raw ids of users" if raw_users else "of the user table",
+        loader=f"`{loader}.BatchStream(..., raw_users=True)`" if raw_users else f"`{loader}`",
         rows="\n".join(rows),
     )

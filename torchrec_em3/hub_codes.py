@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrec_em3.batch import ItemCodes
 from torchrec_em3.errors import CheckpointError
 from torchrec_em3.item_tokens import CodeSource
+from torchrec_em3.tensor_files import make_readable
 
 __all__ = ["CODES_FILE", "SavedCodes", "save_codes"]
 
@@ -25,8 +26,7 @@ def save_codes(path: Path, codes: CodeSource, item_rows: int) -> None:
     for name, (codes_IL, present_I) in codes.fetch(torch.arange(item_rows)).items():
         tensors |= {f"{name}.codes": codes_IL.int(), f"{name}.present": present_I}
     save_file(tensors, path)
-    # safetensors makes a file that its owner alone may read.
-    path.chmod(0o644)
+    make_readable(path)
 
 
 class SavedCodes:

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from torchrec_em3.components.similarity import TIERS
-from torchrec_em3.export_tables import CatalogueContent, catalogue_content
-from torchrec_em3.process_group import Ranks
+from torchrec_em3.export_tables import CatalogueContent
 from torchrec_em3.trained_run import TrainedRun
 
 __all__ = ["rows_at_tier_edges"]
@@ -23,13 +22,18 @@ MARGIN = 2e-6
 ROWS_AT_A_TIME = 1024
 
 
-def rows_at_tier_edges(trained: TrainedRun, ranks: Ranks) -> NDArray[np.bool_]:
-    """Return which rows of the validation split have a cosine at an edge; none where the model has no histogram."""
+def rows_at_tier_edges(trained: TrainedRun, content: CatalogueContent | None) -> NDArray[np.bool_]:
+    """Return which rows of the validation split have a cosine at an edge; none where the model has no histogram.
+
+    Args:
+        trained: The run.
+        content: Content of its catalogue; read only for a histogram.
+    """
     columns, model = trained.data.split_rows("validation"), trained.sharded.model
     near_B = np.zeros(len(columns["item"]), dtype=np.bool_)
     if model.content is None or model.content.similarity is None or not model.content.similarity.histogram:
         return near_B
-    content = catalogue_content(model.content, model.item_rows, ranks.device)
+    assert content is not None
     first = trained.data.history_offsets[columns["user"]]
     first = np.maximum(first, columns["history_end"] - trained.config.loader.max_history)
     for start in range(0, len(near_B), ROWS_AT_A_TIME):

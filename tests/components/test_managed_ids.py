@@ -96,6 +96,10 @@ def test_unknown_items_and_users_share_row_zero(kind: str) -> None:
     unseen = items(torch.tensor([5]), torch.tensor([5]))
     assert unseen.known_U.tolist() == [kind == "hashed"]
     assert (kind == "hashed") != torch.equal(unseen.target_UD[0], table[0])
+    catalogue = torch.arange(9)
+    row_N = items.train().table_rows(catalogue)
+    assert catalogue[row_N == 0].tolist() == ([0] if kind == "hashed" else [0, 1, 3, 4, 5, 6, 8])
+    assert torch.equal(table[row_N], items.eval()(catalogue, catalogue).target_UD)
     assert items.num_parameters == table.numel() == 24
     assert UserEmbedding(schema, 4, CPU).num_parameters == 4 * (6 + 3)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.coded_data import prepare_coded
 from tests.torchrec_em3.packages import export, train
@@ -23,6 +24,7 @@ from torchrec_em3.errors import CheckpointError, NumericError
 from torchrec_em3.evaluate import Predictions
 from torchrec_em3.export_parity import split_requests
 from torchrec_em3.serving.graph_file import load_graph
+from torchrec_em3.serving.package import write_manifest
 from torchrec_em3.serving.scorer import Request, Scorer
 
 ROOT = Path(__file__).parents[2]
@@ -106,15 +108,32 @@ def test_the_auc_of_every_task_is_compared() -> None:
         export_parity.compare(worse_BT, expected, "fp32", near_B)
 
 
-def test_what_the_graph_does_not_take_is_refused(
-    tiny_cold_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("version", "unknown_then"), [(1, ("codes", "tasks")), (2, ())])
+def test_packages_of_before_are_read(
+    version: int, unknown_then: tuple[str, ...], package: Path, tiny_cold_data: Path, tmp_path: Path
 ) -> None:
-    tables = ["--embeddings.tables", '{"item_table": {"ids": "hashed", "rows": 20}}']
-    run = train(tiny_cold_data, tmp_path / "run", *tables)
-    capsys.readouterr()
-    assert em3(["export", str(run), "--out", str(tmp_path / "package")]) == 2
-    assert "em3 export has no form for tables of raw ids yet" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    old = tmp_path / "old"
+    shutil.copytree(package, old)
+    config = json.loads((old / "config.json").read_text()) | {"format_version": version}
+    kept = {name: value for name, value in config.items() if name not in unknown_then}
+    (old / "config.json").write_text(json.dumps(kept))
+    (old / "manifest.json").unlink()
+    write_manifest(old)
+    manifest = json.loads((old / "manifest.json").read_text()) | {"format_version": version}
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    assert not {"user_rows", "item_rows"} & load_file(old / "tables.safetensors").keys(), "nor were these known"
+    (part, *_) = split_requests(PreparedData.open(tiny_cold_data), "test", 10)
+    scorer = Scorer.load(old)
+    assert scorer.config.format_version == version
+    for found, expected in zip(scorer.logits(part), Scorer.load(package).logits(part), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_packages_of_a_later_format_are_refused(package: Path, tmp_path: Path) -> None:
+    manifest = json.loads((package / "manifest.json").read_text()) | {"format_version": 4}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="has format version 4, this program reads 1, 2, 3; export the run again"):
+        Scorer.load(tmp_path)
 
 
 def test_candidates_of_one_request_score_as_alone(package: Path, tiny_cold_data: Path) -> None:

@@ -12,7 +12,6 @@ from torchrec_em3 import tier_edges
 from torchrec_em3.components.interfaces import HistoryItems
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.export_tables import CatalogueContent
-from torchrec_em3.process_group import Ranks
 
 MAX_HISTORY = 5
 
@@ -46,11 +45,9 @@ def test_rows_are_those_with_a_cosine_at_an_edge(tiny_data: Path, monkeypatch: p
     torch.manual_seed(0)
     rows_ID, valid_I = torch.randn(data.item_rows, 3, dtype=torch.float64), torch.rand(data.item_rows) < 0.8
     content = CatalogueContent(torch.randn_like(rows_ID), HistoryItems(rows_ID, valid_I))
-    monkeypatch.setattr(tier_edges, "catalogue_content", lambda *_: content)
     monkeypatch.setattr(tier_edges, "MARGIN", margin)
     monkeypatch.setattr(tier_edges, "ROWS_AT_A_TIME", 64)
-    ranks: Ranks = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
-    near_B = tier_edges.rows_at_tier_edges(run_on(data, histogram=True), ranks)
+    near_B = tier_edges.rows_at_tier_edges(run_on(data, histogram=True), content)
     assert near_B.tolist() == expected_rows(data, content, margin)
     assert 0 < near_B.sum() < len(near_B)
-    assert not tier_edges.rows_at_tier_edges(run_on(data, histogram=False), ranks).any()
+    assert not tier_edges.rows_at_tier_edges(run_on(data, histogram=False), None).any()

@@ -9,6 +9,9 @@
 | users.parquet | raw_id and the row of each side feature; row i is user i + 1 |
 | vocab/FEATURE.parquet | value of each row of a side feature |
 | manifest.json | size and SHA-256 of each of these |
+
+Of a table of raw ids the rows that users or items have are written, each once; `user_rows` or `item_rows` in
+tables.safetensors says which of them each user or item row has (int32).
 """
 
 import hashlib
@@ -34,9 +37,9 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT_VERSION = 2
-READ_VERSIONS = (1, FORMAT_VERSION)
-"""In version 1 nothing was known of codes and of several tasks."""
+FORMAT_VERSION = 3
+READ_VERSIONS = (1, 2, FORMAT_VERSION)
+"""In version 1 nothing was known of codes and of several tasks, in version 2 nothing of tables of raw ids."""
 CONFIG_FILE, MANIFEST_FILE = "config.json", "manifest.json"
 GRAPH_FILE, TABLES_FILE = "dense.pt2", "tables.safetensors"
 ITEMS_FILE, USERS_FILE = "items.parquet", "users.parquet"
@@ -53,8 +56,9 @@ class PackageConfig:
         width: D, width of embeddings and content.
         max_history: Most recent events that a score depends on.
         user_features: "user" and the side features, in the order of the graph's first input.
-        known_users: Users with an embedding of their own; they are users 1 to this number.
-        known_items: Items with an embedding of their own; they are items 1 to this number.
+        known_users: Users with training rows; they are users 1 to this number. Where there are no `user_rows`, they
+            have an embedding of their own each, and the others that of "unknown".
+        known_items: The same of items and `item_rows`.
         content: Whether the graph takes content of the candidates.
         content_history: Whether it takes content of the history.
         codes: Whether it takes vectors of codes, of the candidates and of the history.
@@ -116,7 +120,7 @@ def check_package(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}); {AGAIN}") from error
     if version not in READ_VERSIONS:
-        known = " and ".join(map(str, READ_VERSIONS))
+        known = ", ".join(map(str, READ_VERSIONS))
         raise CheckpointError(f"{path} has format version {version}, this program reads {known}; {AGAIN}")
     for name in {CONFIG_FILE, GRAPH_FILE, TABLES_FILE, ITEMS_FILE, USERS_FILE} - files.keys():
         raise CheckpointError(f"{path} does not list {name}; {AGAIN}")

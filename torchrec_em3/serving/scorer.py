@@ -71,17 +71,21 @@ class Scorer:
         self._graph = load_graph(folder / GRAPH_FILE)
         tensors = load_file(folder / TABLES_FILE)
         self._has_rows = {name: tensors.pop(f"has_{name}") for name in ("content", "codes") if f"has_{name}" in tensors}
+        table_rows = {name: tensors.pop(name) for name in ("user_rows", "item_rows") if name in tensors}
         self._tables = {name: PackedTable(packed, self.config.precision) for name, packed in tensors.items()}
         side_features = self.config.user_features[1:]
         users = pq.read_table(folder / USERS_FILE, page_checksum_verification=True)
         self._users = _rows_by_id(users["raw_id"], first=1)
+        self._user_table_row = table_rows.get("user_rows", _vocabulary_rows(len(users), self.config.known_users))
         self._user_features = np.zeros((len(users) + 1, len(side_features)), dtype=np.int64)
         for place, name in enumerate(side_features):
             self._user_features[1:, place] = users[name].to_numpy()
         self._vocabularies = {
             name: _rows_by_id(pq.read_table(folder / vocabulary_file(name))["value"], first=0) for name in side_features
         }
-        self._items = _rows_by_id(pq.read_table(folder / ITEMS_FILE)["raw_id"], first=1)
+        items = pq.read_table(folder / ITEMS_FILE)
+        self._items = _rows_by_id(items["raw_id"], first=1)
+        self._item_table_row = table_rows.get("item_rows", _vocabulary_rows(len(items), self.config.known_items))
 
     @classmethod
     def load(cls, folder: Path) -> "Scorer":
@@ -144,8 +148,8 @@ class Scorer:
         features = enumerate(self.config.user_features)
         inputs: list[Tensor | None] = [
             torch.stack([self._tables[f"{name}_table"](user_RF[:, place]) for place, name in features], 1),
-            self._look_up("item_table", self._id_rows(target_RK)),
-            self._look_up("item_table", self._id_rows(history_RL)),
+            self._look_up("item_table", self._item_table_row[target_RK]),
+            self._look_up("item_table", self._item_table_row[history_RL]),
             length_R,
         ]
         inputs += self._rows("content", target_RK, history_RL, self.config.content, self.config.content_history)
@@ -172,7 +176,7 @@ class Scorer:
         """Return the row of each user feature's table."""
         user = self._users.get(request.user, 0)
         rows = np.empty(len(self.config.user_features), dtype=np.int64)
-        rows[0] = user if user <= self.config.known_users else 0
+        rows[0] = int(self._user_table_row[user])
         rows[1:] = self._user_features[user]
         for name, value in request.features.items():
             if name not in self._vocabularies:
@@ -188,12 +192,14 @@ class Scorer:
             rows[place, : len(ids)] = [self._items.get(item, 0) for item in ids]
         return torch.from_numpy(rows), torch.tensor([len(ids) for ids in items])
 
-    def _id_rows(self, item: Tensor) -> Tensor:
-        """Return the rows of the item table: items without training rows share row 0."""
-        return torch.where(item <= self.config.known_items, item, 0)
-
     def _look_up(self, table: str, row_RX: Tensor) -> Tensor:
         return self._tables[table](row_RX.flatten()).view(*row_RX.shape, -1)
+
+
+def _vocabulary_rows(count: int, known: int) -> Tensor:
+    """Return the table row of row 0, "unknown", and of `count` others: those beyond the known ones share row 0."""
+    row_N = torch.arange(count + 1, dtype=torch.int32)
+    return torch.where(row_N <= known, row_N, 0)
 
 
 def _rows_by_id(ids: pa.ChunkedArray, first: int) -> dict[str, int]:
