@@ -1,6 +1,6 @@
 """What serving costs: a package against the training forward, together or one by one, over HTTP, and under fuzz.
 
-    python benchmarks/serving.py RUN PACKAGE [--data DATA]
+    python benchmarks/serving.py RUN PACKAGE [--data DATA] [--aot true] [--http false]
 
 RUN is the run that PACKAGE was exported from. In the first two parts all ways take turns in one process, so that their
 ratio does not depend on what else the machine does. The HTTP parts start `em3 serve` as a process of its own.
@@ -10,6 +10,7 @@ import http.client
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+import torch._inductor
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jsonargparse import auto_cli
@@ -30,6 +32,7 @@ from torchrec_em3.batch import HISTORY, TARGET, Batch
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.evaluate import refresh_bank
 from torchrec_em3.process_group import process_group
+from torchrec_em3.serving.package import GRAPH_FILE
 from torchrec_em3.serving.scorer import Request, Scorer
 from torchrec_em3.trained_run import open_trained_run
 
@@ -49,6 +52,8 @@ def main(
     clients: int = 4,
     seconds: float = 30.0,
     fuzz: int = 10_000,
+    aot: bool = False,
+    http: bool = True,
 ) -> None:
     """Print times, memory and the answers to fuzzed requests.
 
@@ -63,6 +68,8 @@ def main(
         clients: Connections that send requests, each as soon as it has the answer to its last.
         seconds: How long they do.
         fuzz: Fuzzed requests.
+        aot: Compile the package's graph by AOTInductor, which needs a C++ compiler, and let it take turns, too.
+        http: Whether to do the HTTP parts.
     """
     scorer = Scorer.load(Path(package))
     with process_group() as ranks:
@@ -76,9 +83,23 @@ def main(
             "training forward": torch.no_grad()(lambda: trained.sharded.module(batch)[1].logit.numpy()),
             "package": lambda: scorer.logits([request])[0],
         }
+        if aot:
+            compiled = Scorer.load(Path(package))
+            started = time.perf_counter()
+            compiled._graph = compile_graph(Path(package), scorer, request)
+            print(f"AOTInductor compiled in {time.perf_counter() - started:.0f} s on the wall")
+            ways["AOTInductor"] = lambda: compiled.logits([request])[0]
+            for size in (1, 7, candidates):
+                part = Request(request.user, request.history[: min(size, history)], request.candidates[:size])
+                change = np.abs(compiled.logits([part])[0] - scorer.logits([part])[0]).max()
+                print(f"AOTInductor, {size} candidates: largest difference of a logit to the package {change:.2g}")
         difference = np.abs(ways["package"]() - ways["training forward"]()).max()
         print(f"largest difference of a logit: {difference:.2g}")
         show(take_turns(ways, repeats))
+        for name, way in ways.items():
+            print(f"{name}: a thread that sleeps 1 ms meanwhile waits {longest_wait(way) * 1000:.1f} ms at most")
+    if not http:
+        return
     for size in (10, candidates):
         part = Request(request.user, request.history, request.candidates[:size])
         print(f"\n{BATCHED} requests of {size} candidates")
@@ -91,6 +112,46 @@ def main(
         measure_http(request, process, clients, seconds)
         print(f"\nfuzz: {fuzz} requests; answers by status: {dict(sorted(send_fuzz(fuzz).items()))}")
         print(f"memory after fuzz {process.memory_info().rss / 2**20:.0f} MiB, running: {process.is_running()}")
+
+
+def longest_wait(way: Callable[[], Any]) -> float:
+    """Return the longest time, in seconds, in which another thread that often wants to run did not."""
+    done = threading.Event()
+    waits = [0.0]
+
+    def wake_up() -> None:
+        while not done.is_set():
+            started = time.perf_counter()
+            time.sleep(0.001)
+            waits.append(time.perf_counter() - started)
+
+    other = threading.Thread(target=wake_up)
+    other.start()
+    for _ in range(20):
+        way()
+    done.set()
+    other.join()
+    return max(waits)
+
+
+def compile_graph(package: Path, scorer: Scorer, request: Request) -> Callable[..., torch.Tensor]:
+    """Return a package's graph as AOTInductor compiles it, for any number of candidates like the graph itself."""
+    graph = scorer._graph
+    seen: list[tuple[torch.Tensor | None, ...]] = []
+
+    def keep(*inputs: torch.Tensor | None) -> torch.Tensor:
+        seen.append(inputs)
+        return graph(*inputs)
+
+    scorer._graph = keep
+    scorer.logits([request, request])
+    scorer._graph = graph
+    program = torch.export.load(package / GRAPH_FILE)
+    # A package holds no examples; the compiler wants some, and keeps the dimensions as dynamic as they are.
+    program.example_inputs = (tuple(None if each is None else each.clone() for each in seen[0]), {})
+    with tempfile.TemporaryDirectory() as folder:
+        path = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/graph.pt2")
+        return torch._inductor.aoti_load_package(path)
 
 
 def make_request(data: PreparedData, candidates: int, history: int) -> tuple[Request, Batch]:
