@@ -24,6 +24,7 @@ from torchrec_em3.errors import CheckpointError, DataError
 from torchrec_em3.export import check_exportable, new_folder
 from torchrec_em3.export_parity import Parity, compare, model_predictions
 from torchrec_em3.export_tables import CatalogueContent, catalogue_content
+from torchrec_em3.hub_adapters import save_adapters
 from torchrec_em3.hub_card import model_card
 from torchrec_em3.hub_codes import CODES_FILE, SavedCodes, save_codes
 from torchrec_em3.id_tables import ITEM_TABLE, USER_TABLE, uses_raw_ids
@@ -70,8 +71,10 @@ def save_pretrained(trained: TrainedRun, run: Path, out: Path, ranks: Ranks) -> 
     # Neither the folders of this machine nor modules to import on another one.
     config = trained.config.as_dict() | {"data": "", "run": "", "plugins": ""}
     with new_folder(out) as folder:
-        save_model(_unsharded(trained, schema, content), str(folder / WEIGHTS_FILE))
+        whole = _unsharded(trained, schema, content)
+        save_model(whole, str(folder / WEIGHTS_FILE))
         make_readable(folder / WEIGHTS_FILE)
+        save_adapters(folder, whole)
         cuts = {name: spec for name, spec in trained.data.meta["modalities"].items() if "cut" in spec}
         described = {"config": config, "schema": dataclasses.asdict(schema), "encoders": cuts}
         write_json(folder / CONFIG_FILE, {"model_type": "em3", **described})

@@ -59,6 +59,12 @@ class ImageSuffix(nn.Module):
         super().__init__()
         self.stem = None if cut else copy.deepcopy(model.stem)
         self.layers = nn.ModuleList(copy.deepcopy(list(model.blocks)[cut:]))
+        self._cut = cut
+
+    def name_in_encoder(self, name: str) -> str:
+        """Return what a module of a block here, or a weight of it, is called in the whole encoder."""
+        number, rest = name.removeprefix("layers.").split(".", 1)
+        return f"blocks.{int(number) + self._cut}.{rest}"
 
     def forward(self, rows_UPW: Tensor, valid_UP: Tensor) -> ModalityTokens:
         """Return the tokens [U, T, D] of the last block."""

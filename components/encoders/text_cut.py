@@ -78,6 +78,7 @@ class TextSuffix(nn.Module):
     def __init__(self, model: Any, cut: int) -> None:
         super().__init__()
         self.model = keep_layers(model, slice(cut, None))
+        self._cut = cut
         self._reads = "inputs_embeds" if cut else "input_ids"
 
     @property
@@ -85,6 +86,11 @@ class TextSuffix(nn.Module):
         """The layers above the cut, the lowest first."""
         layers: nn.ModuleList = self.model.encoder.layer
         return layers
+
+    def name_in_encoder(self, name: str) -> str:
+        """Return what a module of a layer here, or a weight of it, is called in the whole transformer."""
+        number, rest = name.removeprefix("model.encoder.layer.").split(".", 1)
+        return f"encoder.layer.{int(number) + self._cut}.{rest}"
 
     def forward(self, rows_UTW: Tensor, valid_UT: Tensor) -> ModalityTokens:
         """Return the tokens [U, T, D] of the last layer, zero where a text has ended; each text has a token."""

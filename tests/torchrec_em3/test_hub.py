@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 
-import tests.tiny_encoders  # noqa: F401  registers an encoder that can be cut
 from tests.coded_data import prepare_coded
+from tests.tiny_encoders import TinyDeepEncoder
 from tests.torchrec_em3.packages import train
 from torchrec_em3.cli import run as em3
 from torchrec_em3.datasets.loader import BatchStream
@@ -62,6 +63,7 @@ def test_the_card_says_what_was_measured_and_nothing_of_this_machine(folder: Pat
 def test_other_models_are_compared_too(options: list[str], tiny_cold_data: Path, tmp_path: Path) -> None:
     run = train(tiny_cold_data, tmp_path / "run", *options)
     assert em3(["export", str(run), "--format", "hub", "--out", str(tmp_path / "model")]) == 0
+    assert (tmp_path / "model" / "adapters" / "history").exists() == ("lora_qformer" in options)
 
 
 @pytest.mark.parametrize("use", ["features", "content"])
@@ -91,6 +93,11 @@ def test_trained_encoders_are_built_where_their_tokens_are(tmp_path: Path) -> No
     rows_U = torch.arange(1, 9)
     encoded_UD, _ = model.content.encode(rows_U)
     torch.testing.assert_close(encoded_UD.detach(), model.content.bank.read(rows_U)[0], atol=1e-5, rtol=1e-5)
+    trained = model.content.tokens.encoders.suffixes["text"]
+    adapted = PeftModel.from_pretrained(TinyDeepEncoder().suffix(1), str(tmp_path / "model" / "adapters" / "text"))
+    rows_UPW, valid_UP = torch.randn(3, 4, 6), torch.ones(3, 4, dtype=torch.bool)
+    torch.testing.assert_close(adapted(rows_UPW, valid_UP)[0], trained(rows_UPW, valid_UP)[0])
+    assert not torch.equal(adapted(rows_UPW, valid_UP)[0], TinyDeepEncoder().suffix(1)(rows_UPW, valid_UP)[0])
 
 
 def prepare_cut(folder: Path) -> Path:
