@@ -73,11 +73,18 @@ class _Rank(NamedTuple):
 
 
 class Gang:
-    """Processes of one gloo group that serve calls one after the other; a context manager."""
+    """Processes of one gloo group that serve calls one after the other; a context manager.
 
-    def __init__(self, world_size: int, timeout: float = TIMEOUT_SECONDS) -> None:
+    Args:
+        world_size: Number of processes.
+        timeout: Seconds that a call may take.
+        import_anew: Import everything in each process, for modules that read the environment when they are imported.
+    """
+
+    def __init__(self, world_size: int, timeout: float = TIMEOUT_SECONDS, import_anew: bool = False) -> None:
         self.world_size = world_size
         self.timeout = timeout
+        self._import_anew = import_anew
         self._ranks: list[_Rank] = []
         self._store: TCPStore | None = None
 
@@ -132,7 +139,8 @@ class Gang:
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=limit)
         for rank in range(self.world_size):
             ours, theirs = multiprocessing.Pipe()
-            process = start_process(_serve, rank, self.world_size, self._store.port, seconds, theirs)
+            target, args = _serve, (rank, self.world_size, self._store.port, seconds, theirs)
+            process = _start_anew(target, args) if self._import_anew else start_process(target, *args)
             theirs.close()
             self._ranks.append(_Rank(process, ours))
 
@@ -180,6 +188,12 @@ def start_process(target: Callable[..., None], *args: Any) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
     process = context.Process(target=_in_environment, args=(dict(os.environ), target, args))
+    process.start()
+    return process
+
+
+def _start_anew(target: Callable[..., None], args: tuple[Any, ...]) -> BaseProcess:
+    process = multiprocessing.get_context("spawn").Process(target=target, args=args)
     process.start()
     return process
 

@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 @pytest.fixture(scope="module")
 def interpreters() -> Iterator[Gang]:
     """Two processes whose kernels are interpreted, one NumPy thread each."""
-    with pytest.MonkeyPatch.context() as patch, Gang(2) as gang:
+    with pytest.MonkeyPatch.context() as patch, Gang(2, import_anew=True) as gang:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setenv("OPENBLAS_NUM_THREADS", "1")
         yield gang
