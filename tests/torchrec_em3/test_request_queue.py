@@ -108,6 +108,24 @@ def test_beyond_the_limit_they_are_turned_away_and_who_leaves_is_left_out() -> N
     assert gated.asked == [["0"], ["1", "3"], ["5"]]
 
 
+def test_a_request_that_follows_at_once_finds_a_free_thread() -> None:
+    gated = Gated()
+    gated.gate.set()
+
+    async def main() -> None:
+        for user in range(3):
+            scored = await asyncio.wait_for(asyncio.create_task(both(str(user))), 5)
+            assert float(scored.score_K[0]) == user
+
+    async def both(user: str) -> Scored:
+        await queue.score(ask(user))
+        return await queue.score(ask(user))
+
+    queue = queue_of(gated)
+    asyncio.run(main())
+    assert len(gated.asked) == 6
+
+
 def test_threads_work_side_by_side_and_a_package_is_chosen_when_scoring_begins() -> None:
     old, new = Gated(), Gated()
     in_use = [old]

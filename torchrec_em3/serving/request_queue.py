@@ -57,10 +57,11 @@ class RequestQueue:
             observe: Is told how many requests are scored together, each time.
         """
         self._package, self._observe = package, observe
-        self._concurrency, self._limit = concurrency, waiting
+        self._limit = waiting
         self._threads = ThreadPoolExecutor(concurrency, "score")
         self._queue: deque[_Waiting] = deque()
-        self._busy: set[asyncio.Task[None]] = set()
+        self._free = concurrency
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
         """Return the number of requests that wait."""
@@ -75,11 +76,12 @@ class RequestQueue:
             NumericError: If a logit is not finite.
         """
         waiting = _Waiting(request, asyncio.get_running_loop().create_future())
-        if len(self._busy) < self._concurrency:
+        if self._free:
+            self._free -= 1
             # The loop itself holds a task by a weak reference only.
             task = asyncio.create_task(self._work([waiting]))
-            self._busy.add(task)
-            task.add_done_callback(self._busy.discard)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         elif len(self._queue) < self._limit:
             self._queue.append(waiting)
         else:
@@ -91,6 +93,8 @@ class RequestQueue:
             self._observe(len(together))
             await self._score(together)
             together = self._next()
+        # At once, not when the task is seen to have ended: whoever queued meanwhile would be left there.
+        self._free += 1
 
     def _next(self) -> list[_Waiting]:
         """Take requests that wait, the longest waiting first."""
