@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +150,7 @@ def test_a_kill_between_measuring_and_training_measures_once(
 
 @pytest.mark.slow
 def test_shards_that_come_later_are_waited_for(
-    tiny_data: Path, tmp_path: Path, calm: Path, trained: Path, shards: Path
+    tiny_data: Path, tmp_path: Path, calm: Path, trained: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One by one, then SIGTERM while nothing is there, then the rest and the end file."""
     folder = tmp_path / "shards"
@@ -159,13 +158,24 @@ def test_shards_that_come_later_are_waited_for(
     names = list_shards(shards)
     config = config_for(tiny_data, tmp_path / "run")
     shutil.copy(shards / names[0], folder)
-    timers = [threading.Timer(1.5, shutil.copy, (shards / names[1], folder / ".copy"))]
-    timers += [threading.Timer(2.0, os.rename, (folder / ".copy", folder / names[1]))]
-    timers += [threading.Timer(8.0, os.kill, (os.getpid(), signal.SIGTERM))]
-    for timer in timers:
-        timer.start()
-    with pytest.raises(Preempted, match=r"stopped by SIGTERM at step \d+; continue with --resume"):
-        fit(config, folder, trained)
+    original = follow_module.Follower._look
+    waits: list[float] = []
+
+    def look(self: Any, waited: float) -> tuple[str, str]:
+        found = original(self, waited)
+        if found == ("wait", ""):
+            waits.append(waited)
+            if len(waits) == 2:
+                shutil.copy(shards / names[1], folder / ".copy")
+                os.rename(folder / ".copy", folder / names[1])
+            if len(waits) == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(follow_module.Follower, "_look", look)
+        with pytest.raises(Preempted, match=r"stopped by SIGTERM at step \d+; continue with --resume"):
+            fit(config, folder, trained)
     assert len(lines(tmp_path / "run", "progressive")) == 2
     (folder / names[0]).unlink()  # what is trained on may go
     shutil.copy(shards / names[2], folder)
