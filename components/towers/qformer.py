@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.attention import Attention, Keys
-from torchrec_em3.components.towers.tokens import TokenProjection, masked_mean
+from torchrec_em3.components.towers.tokens import TokenProjection, masked_mean, mean_of_valid
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.registry import TOWERS
 
@@ -29,7 +29,7 @@ class FusionQFormerOptions:
     preset: Literal["full", "em3_public"] = "full"
     """full reads all tokens; em3_public is the authors' published form on one pooled vector a modality."""
     num_queries: int = 4
-    """Trainable queries Q; the output is read from all of them."""
+    """Trainable queries Q; the output is read from all of them (full: and from the mean of each modality)."""
     num_layers: int = 1
     """Transformer layers; the last one computes the query rows only."""
     num_heads: int = 4
@@ -64,7 +64,9 @@ class FusionQFormer(nn.Module):
     [queries ; tokens], LayerNorm after the residual, no feed-forward layer, no position or modality embedding, the
     query rows flattened into a linear map, Xavier initialisation [authors' code]; pooling by the mean of the valid
     tokens instead of stored pooled vectors, and the mask, are [ours]. Preset `full`: all tokens, with embeddings of
-    modality and position, LayerNorm before each part, a feed-forward layer, query rows only in the last layer [ours].
+    modality and position, LayerNorm before each part, a feed-forward layer, query rows only in the last layer, and the
+    mean of each modality's projected tokens read beside the queries [ours]: what the encoders say already reaches the
+    ranker by a linear path, which learns in the first pass what attention learns in several.
 
     Args:
         options: See `FusionQFormerOptions`.
@@ -98,7 +100,9 @@ class FusionQFormer(nn.Module):
         # Projected tokens have a known scale, so the first layer takes them as keys without a LayerNorm.
         self.blocks = nn.ModuleList(block(options, width, depth == 0) for depth in range(options.num_layers))
         self.norm = nn.LayerNorm(width) if full else nn.Identity()
-        self.readout = nn.Linear(options.num_queries * width, width)
+        self.reads_means = full
+        rows = options.num_queries + (len(token_dims) if full else 0)
+        self.readout = nn.Linear(rows * width, width)
         nn.init.xavier_uniform_(self.queries_QD)
         self.apply(_initialise)
 
@@ -114,8 +118,11 @@ class FusionQFormer(nn.Module):
         Args:
             tokens: Tokens of the same U items by modality; all modalities the tower was built for.
         """
-        rows, keys = self._below_last(self._project(tokens))
-        rows_UQD = self.blocks[-1](rows, keys)
+        projected = self._project(tokens)
+        rows_UQD = self.blocks[-1](*self._below_last(projected))
+        if self.reads_means:
+            means = [mean_of_valid(*group)[:, None] for group in projected]
+            rows_UQD = torch.cat([rows_UQD, *means], dim=1)
         return self.readout(self.norm(rows_UQD).flatten(1))
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.attention import Keys
 
-__all__ = ["TokenProjection", "inverse_rms", "masked_mean", "without_filler"]
+__all__ = ["TokenProjection", "inverse_rms", "masked_mean", "mean_of_valid", "without_filler"]
 
 SMALLEST_RMS = 1e-6
 """Keeps a token of zeros finite."""
@@ -75,7 +75,11 @@ def _norm(vectors: Tensor) -> Tensor:
 
 def masked_mean(tokens: ModalityTokens) -> Tensor:
     """Return the mean of each item's valid tokens, mean_UI; zeros for an item that has none."""
-    tokens_UTI, valid_UT = without_filler(tokens)[0], tokens.valid_UT
+    return mean_of_valid(without_filler(tokens)[0], tokens.valid_UT)
+
+
+def mean_of_valid(tokens_UTI: Tensor, valid_UT: Tensor) -> Tensor:
+    """Return what `masked_mean` returns, of tokens that are finite, the invalid ones too."""
     count_U1 = valid_UT.sum(1, keepdim=True).clamp_min(1)
     weight_UT = valid_UT.to(tokens_UTI.dtype) / count_U1
     return torch.bmm(weight_UT[:, None], tokens_UTI).squeeze(1)

@@ -12,6 +12,7 @@ from tests.components.tower_contract import COUNTS, DIMS, WIDTH, check_tower, fi
 from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.attention import Keys
 from torchrec_em3.components.towers.qformer import FusionQFormer, FusionQFormerOptions
+from torchrec_em3.components.towers.tokens import mean_of_valid
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.registry import TOWERS
 
@@ -108,7 +109,8 @@ def test_last_layer_computes_query_rows_only_and_as_the_full_layer_would(preset:
     valid_UK = torch.cat([torch.ones(6, 2, dtype=torch.bool), *(group.valid_UT for group in groups)], dim=1)
     for block in tower.blocks:
         rows_UKD = block(Keys(rows_UKD, valid_UK), [])
-    expected = tower.readout(tower.norm(rows_UKD[:, :2]).flatten(1))
+    means = [mean_of_valid(*group)[:, None] for group in groups] if preset == "full" else []
+    expected = tower.readout(tower.norm(torch.cat([rows_UKD[:, :2], *means], dim=1)).flatten(1))
     seen = []
     tower.blocks[1].attention.output.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
     torch.testing.assert_close(tower(tokens), expected)
@@ -133,6 +135,24 @@ def test_full_knows_position_and_is_blind_to_the_scale_of_the_encoder() -> None:
     assert (tower(turned) - tower(tokens)).abs().max() > 1e-3
     louder = tokens | {"text": ModalityTokens(50 * text.tokens_UTD, text.valid_UT)}
     torch.testing.assert_close(tower(louder), tower(tokens))
+
+
+def test_full_reads_the_mean_of_each_modality_beside_the_queries() -> None:
+    """With nothing of the queries read, what is left is linear in the normed mean of the valid tokens."""
+    tower = build()
+    with torch.no_grad():
+        tower.readout.weight[:, : 2 * WIDTH] = 0
+    tokens = random_tokens(6)
+    means = []
+    for name, project in tower.inputs.items():
+        rows_UTD, valid_UT = project(tokens[name])
+        rows = [
+            rows_TD[valid_T].mean(0) if valid_T.any() else torch.zeros(WIDTH)
+            for rows_TD, valid_T in zip(rows_UTD, valid_UT, strict=True)
+        ]
+        means.append(tower.norm(torch.stack(rows)))
+    weight = tower.readout.weight[:, 2 * WIDTH :]
+    torch.testing.assert_close(tower(tokens), torch.cat(means, dim=1) @ weight.T + tower.readout.bias)
 
 
 @pytest.mark.parametrize("preset", ["full", "em3_public"])

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
         trained = open_trained_run(run, ranks, values.data)
         if hub:
             parity = save_pretrained(trained, run, out, ranks)
-            print(f"{_describe(parity)}\nwrote {out}: model.safetensors, config.json, README.md")
+            print(f"{_describe(parity)}\nwrote {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
         else:
             _say(out, export_package(trained, out, values.precision or "int8", ranks))
 
