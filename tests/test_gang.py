@@ -53,7 +53,7 @@ def test_one_gang_serves_many_calls_and_recovers_from_a_hanging_rank() -> None:
         started = time.monotonic()
         with pytest.raises(GangError, match="no answer in 2 s"):
             gang.run(hang, timeout=2)
-        assert time.monotonic() - started < 50
+        assert time.monotonic() - started < 10
         assert children() - before <= bookkeepers(), "a hanging rank must be killed"
         assert [int(pair.total) for pair in gang.run(sum_of_ranks, 1)] == [3, 3]
     assert children() - before <= bookkeepers(), "no rank may outlive its gang"

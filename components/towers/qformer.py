@@ -1,6 +1,6 @@
 """The Fusion-Q-Former: trainable queries read any number of modalities into one vector of fixed width.
 
-Shape letters: U items, Q queries, T tokens of a modality, K queries and all tokens, R rows to update, D width.
+Shape letters: U items, Q queries, T tokens of a modality, K queries and all tokens, R rows updated or read, D width.
 """
 
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ class FusionQFormer(nn.Module):
     tokens instead of stored pooled vectors, and the mask, are [ours]. Preset `full`: all tokens, with embeddings of
     modality and position, LayerNorm before each part, a feed-forward layer, query rows only in the last layer, and the
     mean of each modality's projected tokens read beside the queries [ours]: what the encoders say already reaches the
-    ranker by a linear path, which learns in the first pass what attention learns in several.
+    ranker by a path without attention, which learns sooner.
 
     Args:
         options: See `FusionQFormerOptions`.
@@ -119,11 +119,11 @@ class FusionQFormer(nn.Module):
             tokens: Tokens of the same U items by modality; all modalities the tower was built for.
         """
         projected = self._project(tokens)
-        rows_UQD = self.blocks[-1](*self._below_last(projected))
+        rows_URD = self.blocks[-1](*self._below_last(projected))
         if self.reads_means:
             means = [mean_of_valid(*group)[:, None] for group in projected]
-            rows_UQD = torch.cat([rows_UQD, *means], dim=1)
-        return self.readout(self.norm(rows_UQD).flatten(1))
+            rows_URD = torch.cat([rows_URD, *means], dim=1)
+        return self.readout(self.norm(rows_URD).flatten(1))
 
     @torch.no_grad()
     def token_attention(self, tokens: Mapping[str, ModalityTokens]) -> dict[str, Tensor]:

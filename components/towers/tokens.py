@@ -79,7 +79,7 @@ def masked_mean(tokens: ModalityTokens) -> Tensor:
 
 
 def mean_of_valid(tokens_UTI: Tensor, valid_UT: Tensor) -> Tensor:
-    """Return what `masked_mean` returns, of tokens that are finite, the invalid ones too."""
+    """Return what `masked_mean` does, without its check: all tokens must be finite, invalid ones too."""
     count_U1 = valid_UT.sum(1, keepdim=True).clamp_min(1)
     weight_UT = valid_UT.to(tokens_UTI.dtype) / count_U1
     return torch.bmm(weight_UT[:, None], tokens_UTI).squeeze(1)
