@@ -194,18 +194,25 @@ class _Modality:
 
     def gather(self, items_U: Tensor, device: torch.device) -> ModalityTokens:
         """Return the rows `items_U` (CPU, in range) on `device`, widened there; integers stay what they are."""
-        _, count, dim = self.tokens_NTD.shape
-        valid_UT = torch.arange(count) < self.lengths_N[items_U, None]
+        length_U = self.lengths_N[items_U]
+        count = self._longest(length_U)
+        valid_UT = torch.arange(count) < length_U[:, None]
+        kept_NTD = self.tokens_NTD[:, :count]
         if device.type != "cpu" or not self.tokens_NTD.is_floating_point():
-            rows_UTD = self.tokens_NTD.index_select(0, items_U).to(device)
+            rows_UTD = kept_NTD.index_select(0, items_U).to(device)
             rows_UTD = rows_UTD.float() if rows_UTD.is_floating_point() else rows_UTD
             return ModalityTokens(rows_UTD, valid_UT.to(device))
-        tokens_UTD = torch.empty(len(items_U), count, dim)
+        tokens_UTD = torch.empty(len(items_U), *kept_NTD.shape[1:])
         for target_nTD, items_n in zip(
             torch.split(tokens_UTD, GATHER_ROWS), torch.split(items_U, GATHER_ROWS), strict=True
         ):
-            target_nTD.copy_(self.tokens_NTD.index_select(0, items_n))
+            target_nTD.copy_(kept_NTD.index_select(0, items_n))
         return ModalityTokens(tokens_UTD, valid_UT)
+
+    def _longest(self, length_U: Tensor) -> int:
+        """Return how many tokens an item's row needs: those beyond the longest item asked for would be filler alone."""
+        longest = int(length_U.max()) if len(length_U) else 0
+        return longest or self.tokens_NTD.shape[1]
 
 
 class TokenStore:
@@ -256,7 +263,7 @@ class TokenStore:
 
         Returns:
             By modality: tokens [U, T, D], float32 (raw inputs: the integers that are stored), and valid [U, T], true at
-            the item's own tokens.
+            the item's own tokens. T is the number of tokens of the longest of these items; as stored if none has any.
 
         Raises:
             DataError: If a row is outside the catalogue.

@@ -69,10 +69,10 @@ class EncoderSuffixes(nn.Module):
             rows_UPW = rows_UPW.to(precision)
         length_U = valid_UP.sum(1)
         present_K = length_U.argsort(stable=True)[int((length_U == 0).sum()) :]
-        tokens_UTD = torch.zeros(len(length_U), spec.max_tokens, spec.dim, dtype=precision, device=rows_UPW.device)
-        shown_UT = torch.zeros(tokens_UTD.shape[:2], dtype=torch.bool, device=rows_UPW.device)
         if not len(present_K) and not torch.is_grad_enabled():
-            return ModalityTokens(tokens_UTD, shown_UT)
+            shape = (len(length_U), spec.max_tokens)
+            shown_UT = torch.zeros(shape, dtype=torch.bool, device=rows_UPW.device)
+            return ModalityTokens(rows_UPW.new_zeros(*shape, spec.dim, dtype=precision), shown_UT)
         with torch.autocast(rows_UPW.device.type, torch.bfloat16, enabled=self.use_bfloat16):
             parts = [
                 suffix(rows_UPW[part_k], valid_UP[part_k])
@@ -80,6 +80,8 @@ class EncoderSuffixes(nn.Module):
                 if len(part_k)
             ] or [_nothing(suffix, rows_UPW)]
         made_KTD, made_KT = (torch.cat(column) for column in zip(*parts, strict=True))
+        tokens_UTD = made_KTD.new_zeros(len(length_U), *made_KTD.shape[1:], dtype=precision)
+        shown_UT = made_KT.new_zeros(tokens_UTD.shape[:2])
         return ModalityTokens(
             tokens_UTD.index_copy(0, present_K, made_KTD.to(precision)), shown_UT.index_copy(0, present_K, made_KT)
         )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from torchrec_em3.batch import ModalityTokens
 from torchrec_em3.components.interfaces import output_width
@@ -52,6 +53,7 @@ def check_tower(tower: nn.Module) -> None:
     _check_shapes(tower)
     for share in (0.9, 0.3):
         _check_filler(tower, random_tokens(20, share=share))
+    _check_width_of_rows(tower)
     _check_items_are_independent(tower)
     _check_gradients(tower)
 
@@ -62,8 +64,16 @@ def _check_shapes(tower: nn.Module) -> None:
         assert content_UD.shape == (num_items, output_width(tower, WIDTH))
         assert content_UD.dtype == torch.float32
         assert torch.isfinite(content_UD).all()
-    shorter = {name: ModalityTokens(x[:, :2], valid[:, :2]) for name, (x, valid) in random_tokens(4).items()}
-    assert tower(shorter).shape == (4, output_width(tower, WIDTH))
+
+
+def _check_width_of_rows(tower: nn.Module) -> None:
+    """A store hands on rows as wide as the longest item asked for: the same items, whatever they are fetched with."""
+    short = {name: ModalityTokens(x[:, :2], valid[:, :2]) for name, (x, valid) in random_tokens(6).items()}
+    padded = {
+        name: ModalityTokens(x, functional.pad(short[name].valid_UT, (0, COUNTS[name] - 2)))
+        for name, (x, _) in random_tokens(6).items()
+    }
+    torch.testing.assert_close(tower(short), tower(padded), rtol=1e-4, atol=1e-5)
 
 
 def _check_filler(tower: nn.Module, tokens: Tokens) -> None:
