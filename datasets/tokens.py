@@ -212,6 +212,7 @@ class _Modality:
     def _longest(self, length_U: Tensor) -> int:
         """Return how many tokens an item's row needs: those beyond the longest item asked for would be filler alone."""
         longest = int(length_U.max()) if len(length_U) else 0
+        # The layers above an image encoder's cut take rows of a whole picture, also where no item has one.
         return longest or self.tokens_NTD.shape[1]
 
 

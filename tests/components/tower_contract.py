@@ -73,6 +73,7 @@ def _check_width_of_rows(tower: nn.Module) -> None:
         name: ModalityTokens(x, functional.pad(short[name].valid_UT, (0, COUNTS[name] - 2)))
         for name, (x, _) in random_tokens(6).items()
     }
+    assert tower(short).shape == (6, output_width(tower, WIDTH))
     torch.testing.assert_close(tower(short), tower(padded), rtol=1e-4, atol=1e-5)
 
 

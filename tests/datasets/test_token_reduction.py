@@ -79,4 +79,5 @@ def test_prepare_reduces_wider_tokens(tmp_path: Path) -> None:
     data = PreparedData.open(tmp_path / "data")
     store = TokenStore(data.tokens_folder)
     assert (store.token_dims, store.token_counts) == ({"text": 5}, {"text": 6})
+    assert store.fetch(torch.tensor([1]))["text"].tokens_UTD.shape[::2] == (1, 5)
     data.verify()
