@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from synthetic import write_synthetic
 from turns import WARM_UP_STEPS, Training, take_turns
+from whole_em3 import WHOLE_EM3
 
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig
 from torchrec_em3.process_group import Ranks
@@ -117,7 +118,7 @@ class Bench:
             loader=LoaderConfig(batch_size=self.sizes.batch_size, max_history=history),
             model=ModelConfig(
                 embedding_dim=self.sizes.embedding_dim,
-                history="cache",
+                **WHOLE_EM3,
                 encode_fraction=self.sizes.encode_fraction,
                 ranker_options={"hidden": self.sizes.hidden},
             ),

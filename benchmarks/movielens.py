@@ -17,7 +17,10 @@ from typing import Any
 import numpy as np
 from jsonargparse import auto_cli
 
-MODELS = {"ID-only DIN": ["--model.content", "none"], "EM3": []}
+MODELS = {
+    "ID-only DIN": ["--model.content", "none"],
+    "EM3": ["--model.history_options.rank", "8", "--model.alignment_weight", "0.01"],
+}
 SPLITS = ("temporal", "cold_items")
 FREQUENCIES = ("0", "1-5", "6-20", "21+")
 

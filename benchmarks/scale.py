@@ -18,6 +18,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 from synthetic import write_synthetic
+from whole_em3 import WHOLE_EM3
 
 from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConfig
 from torchrec_em3.parsing import dump_config, resolve_parts
@@ -141,7 +142,7 @@ def _config(data: Path, content: str, max_history: int = 50, embeddings: Embeddi
     return Config(
         data=str(data),
         loader=LoaderConfig(batch_size=2048, max_history=max_history),
-        model=ModelConfig(content=content, encode_fraction=0.25 if content != "none" else 1.0),
+        model=ModelConfig(content=content, **({**WHOLE_EM3, "encode_fraction": 0.25} if content != "none" else {})),
         embeddings=embeddings or EmbeddingConfig(),
     )
 

@@ -29,6 +29,7 @@ from bench import FULL, HALF, HEADER, Bench, Row, Sizes, costs
 from jsonargparse import ArgumentParser
 from torch import Tensor
 from turns import WARM_UP_STEPS, Training, endless_batches, shape_of, take_turns
+from whole_em3 import WHOLE_EM3
 
 from torchrec_em3.batch import Batch
 from torchrec_em3.build import open_data
@@ -203,7 +204,7 @@ def _scoring_times(training: Training, bench: Bench) -> dict[str, np.ndarray]:
 
 def mmctr_em3(bench: Bench) -> Iterator[Row]:
     """Row 8: EM3 beside a published figure, which took no turns with it."""
-    defaults = ModelConfig()
+    defaults = ModelConfig(**WHOLE_EM3)
     head = dataclasses.replace(defaults, content_attention_hidden=MMCTR_HIDDEN, ranker_options={"hidden": MMCTR_HIDDEN})
     models = {
         "with each project's defaults": (defaults, 60),

@@ -16,6 +16,7 @@ import numpy as np
 from jsonargparse import auto_cli
 from synthetic import write_synthetic
 from turns import WARM_UP_STEPS, Training, shape_of, take_turns
+from whole_em3 import WHOLE_EM3
 
 from torchrec_em3.build import open_data
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig
@@ -28,7 +29,6 @@ def main(
     max_history: int = 50,
     embedding_dim: int = 64,
     hidden: tuple[int, ...] = (1024, 512, 256),
-    history: str = "cache",
     encode_fraction: float = 0.25,
     rounds: int = 5,
     steps: int = 4,
@@ -44,7 +44,6 @@ def main(
         max_history: Longest history.
         embedding_dim: Width of IDs and content.
         hidden: Hidden widths of the ranker.
-        history: History content of EM3.
         encode_fraction: Share of the distinct targets that a step of EM3 encodes.
         rounds: How often the two take turns.
         steps: Steps of a turn.
@@ -61,9 +60,9 @@ def main(
             loader=LoaderConfig(batch_size=batch_size, max_history=max_history),
             model=ModelConfig(
                 embedding_dim=embedding_dim,
-                history=history,
                 encode_fraction=encode_fraction,
                 ranker_options={"hidden": hidden},
+                **WHOLE_EM3,
             ),
         )
         id_only = dataclasses.replace(base, model=dataclasses.replace(base.model, content="none"))

@@ -120,7 +120,7 @@ class ModelConfig:
     alignment_options: dict[str, Any] = field(default_factory=dict)
     """Options of that loss."""
     alignment_weight: float = 0.01
-    """Weight of the alignment loss; 0 skips it altogether."""
+    """Weight of the alignment loss; 0 leaves it out altogether."""
     unknown_id_rate: float = 0.1
     """Share of training targets whose ID is hidden (row 0), so that row 0 and content learn to rank unknown items."""
 
@@ -139,7 +139,7 @@ class ModelConfig:
             raise ConfigError(f"--model.encode_fraction is {self.encode_fraction}, must be in (0, 1]")
         if self.stop_gradient and (self.alignment_weight == 0 or self.history == "shared"):
             raise ConfigError(
-                "--model.stop_gradient with --model.alignment_weight 0 leaves the tower untrained"
+                "--model.stop_gradient with --model.alignment_weight 0 leaves the tower untrained; give it a weight"
                 if self.alignment_weight == 0
                 else "--model.stop_gradient with --model.history shared: the ranking loss trains the tower from the "
                 "history; use cache"

@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 import torchrec_em3
-from torchrec_em3.config import NONE, Config
+from torchrec_em3.config import NONE, Config, ModelConfig
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.parts import load_builtin_parts, load_plugins
 from torchrec_em3.registry import ALIGNMENTS, HISTORIES, RANKERS, TOWERS, Registry, closest
@@ -151,11 +151,18 @@ def resolve_parts(config: Config) -> Config:
             raise ConfigError(
                 f"--model.{kind} cannot be none" + ("; use --model.alignment_weight 0" if kind == "alignment" else "")
             )
-        resolved[f"{kind}_options"] = (
-            {}
-            if off
-            else dataclasses.asdict(parse_options(registry.get(name).options, options, f"model.{kind}_options"))
-        )
+        if off:
+            resolved[f"{kind}_options"] = {}
+            continue
+        part = registry.get(name)
+        checked = parse_options(part.options, options, f"model.{kind}_options")
+        resolved[f"{kind}_options"] = dataclasses.asdict(checked)
+        idle = kind == "alignment" and not config.model.alignment_weight
+        if idle and (name != ModelConfig().alignment or checked != part.options()):
+            raise ConfigError(
+                f"--model.alignment {name}, or an option of it, is chosen, but --model.alignment_weight is 0, so it "
+                "has no effect; give it a weight, such as 0.01"
+            )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **resolved))
 
 

@@ -55,7 +55,11 @@ ENTRIES = {
         attention_hidden=(32,),
         options={"content": "none"},
     ),
-    "em3": Entry(title="ours, EM3 (cache)", script="ours", options={"history": "cache", "encode_fraction": 0.25}),
+    "em3": Entry(
+        title="ours, EM3 (cache)",
+        script="ours",
+        options={"history_options": {"rank": 8}, "alignment_weight": 0.01, "encode_fraction": 0.25},
+    ),
     "fuxictr": Entry(
         title="FuxiCTR DIN", script="fuxictr", environment="fuxictr", options={"attention_activation": "Dice"}
     ),

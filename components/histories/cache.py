@@ -21,20 +21,20 @@ __all__ = ["CachedHistory", "CachedHistoryOptions"]
 class CachedHistoryOptions:
     """Options of the history content `cache`."""
 
-    rank: int = 8
-    """Rank of the low-rank correction."""
+    rank: int = 0
+    """Rank of the low-rank correction; 0 leaves it out, which ranked no worse (docs/what-helps.md)."""
     alpha: int = 16
     """Weight of the correction: it is multiplied by alpha / rank."""
 
     def __post_init__(self) -> None:
         """Refuse values that no model can have."""
-        if self.rank < 1:
-            raise ConfigError(f"rank of the cache history is {self.rank}, must be >= 1")
+        if self.rank < 0:
+            raise ConfigError(f"rank of the cache history is {self.rank}, must be >= 0")
 
 
 @HISTORIES.register("cache", options=CachedHistoryOptions)
 class CachedHistory(nn.Module):
-    """Content of history items from the bank: P x + (alpha / rank) B A x.
+    """Content of history items from the bank: P x, or P x + (alpha / rank) B A x where there is a rank.
 
     P is the target branch's projection at its current value, not trained from here; A and B are. B starts at zero, so
     that a history item starts out as the target branch would see it. An item costs the reading of one row, since the
@@ -53,13 +53,16 @@ class CachedHistory(nn.Module):
 
     def __init__(self, options: CachedHistoryOptions, tower: nn.Module, width: int) -> None:
         super().__init__()
+        self.rank = options.rank
+        if not options.rank:
+            return
         self.scale = options.alpha / options.rank
         self.down_RD = nn.Parameter(torch.empty(options.rank, output_width(tower, width)))
         self.up_DR = nn.Parameter(torch.zeros(width, options.rank))
         nn.init.kaiming_uniform_(self.down_RD, a=math.sqrt(5))
 
     def forward(self, source: ItemSource, tower: Any, projection: nn.Linear) -> HistoryItems:
-        """Return the bank's rows under (P + (alpha / rank) B A); valid are those that the bank has ever been given.
+        """Return the bank's rows under P + (alpha / rank) B A; valid are those that the bank has ever been given.
 
         Args:
             source: The V distinct history items.
@@ -68,5 +71,7 @@ class CachedHistory(nn.Module):
         """
         rows_VD, written_V = source.bank_rows()
         bias_D = None if projection.bias is None else projection.bias.detach()
-        weight_DD = torch.addmm(projection.weight.detach(), self.up_DR, self.down_RD, alpha=self.scale)
+        weight_DD = projection.weight.detach()
+        if self.rank:
+            weight_DD = torch.addmm(weight_DD, self.up_DR, self.down_RD, alpha=self.scale)
         return HistoryItems(rows_VD.detach(), written_V, weight_DD, bias_D)

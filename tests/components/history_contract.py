@@ -68,8 +68,10 @@ def check_history(history: nn.Module, tower: nn.Module) -> None:
             assert torch.equal(valid_V, source.written_V)
         else:
             assert torch.equal(valid_V, torch.arange(num_items) != 2), "an item without any token must not be valid"
+    trained = {name: parameter for name, parameter in history.named_parameters() if parameter.requires_grad}
+    if not trained:
+        return
     content_VD[valid_V].square().sum().backward()
-    for name, parameter in history.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, f"{name} has no gradient"
-            assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite"
+    for name, parameter in trained.items():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite"

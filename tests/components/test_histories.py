@@ -22,7 +22,7 @@ NAMES = ["cache", "lora_qformer", "shared"]
 
 def build(name: str, tower: nn.Module) -> nn.Module:
     part = HISTORIES.get(name)
-    return part.build(part.options(), tower, WIDTH)
+    return part.build(part.options(**({"rank": 8} if name == "cache" else {})), tower, WIDTH)
 
 
 @pytest.fixture
@@ -83,6 +83,15 @@ def test_shared_trains_tower_and_projection(tower: FusionQFormer, projection: nn
     assert len(gradients(projection)) == 2
 
 
+def test_cache_without_a_rank_is_the_projection_alone(tower: FusionQFormer, projection: nn.Linear) -> None:
+    history = CachedHistory(CachedHistoryOptions(), tower, WIDTH)
+    check_history(history, tower)
+    assert not history.state_dict()
+    source = FakeSource(tower, 9)
+    content_VD, valid_V = content(history, source, tower, projection)
+    torch.testing.assert_close(content_VD[valid_V], projection(source.rows_VD[valid_V]))
+
+
 def test_cache_correction_is_low_rank_and_scaled(tower: FusionQFormer, projection: nn.Linear) -> None:
     history = CachedHistory(CachedHistoryOptions(rank=3, alpha=6), tower, WIDTH)
     nn.init.normal_(history.up_DR)
@@ -98,7 +107,7 @@ def test_cache_correction_is_low_rank_and_scaled(tower: FusionQFormer, projectio
 def test_rows_never_written_do_not_reach_the_interest(
     hidden: tuple[int, ...], tower: FusionQFormer, projection: nn.Linear
 ) -> None:
-    history, attention = CachedHistory(CachedHistoryOptions(), tower, WIDTH), target_attention(WIDTH, hidden)
+    history, attention = CachedHistory(CachedHistoryOptions(rank=8), tower, WIDTH), target_attention(WIDTH, hidden)
     nn.init.normal_(history.up_DR)
     row_N, lengths_B, query_BD = torch.arange(10), torch.tensor([4, 6]), torch.randn(2, WIDTH)
     results = []
@@ -176,10 +185,10 @@ def test_lora_refuses_towers_it_cannot_adapt(tower: FusionQFormer) -> None:
         LoraTowerHistory(LoraTowerHistoryOptions(), WrongMaps(), WIDTH)
 
 
-@pytest.mark.parametrize("options", [CachedHistoryOptions, LoraTowerHistoryOptions])
-def test_options_are_checked(options: type) -> None:
+@pytest.mark.parametrize(("options", "rank"), [(CachedHistoryOptions, -1), (LoraTowerHistoryOptions, 0)])
+def test_options_are_checked(options: type, rank: int) -> None:
     with pytest.raises(ConfigError, match="rank"):
-        options(rank=0)
+        options(rank=rank)
 
 
 def test_lora_dropout_is_checked() -> None:

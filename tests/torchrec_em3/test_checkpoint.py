@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tests.tiny_parts  # noqa: F401
+from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3 import cli
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder
@@ -37,7 +38,7 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         data=str(tiny_data),
         run=str(run),
         loader=LoaderConfig(batch_size=128, max_history=10),
-        model=ModelConfig(embedding_dim=8),
+        model=ModelConfig(embedding_dim=8, **WHOLE_EM3),
         train=TrainConfig(epochs=1, log_every=1, checkpoint_every=5, keep_checkpoints=50),
     )
     with process_group() as ranks:

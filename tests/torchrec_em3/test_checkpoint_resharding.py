@@ -12,6 +12,7 @@ from torchrec.distributed.planner.constants import MIN_CW_DIM
 
 import tests.tiny_parts  # noqa: F401
 from tests.gang import Gang
+from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder
 from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConfig
@@ -113,7 +114,9 @@ def config_for(data: Path, sharding: str, optimizer: str, seed: int) -> Config:
         data=str(data),
         seed=seed,
         loader=LoaderConfig(max_history=10),
-        model=ModelConfig(embedding_dim=2 * MIN_CW_DIM, unknown_id_rate=0.0, alignment_weight=0.5),
+        model=ModelConfig(
+            **{**WHOLE_EM3, "embedding_dim": 2 * MIN_CW_DIM, "unknown_id_rate": 0.0, "alignment_weight": 0.5}
+        ),
         embeddings=EmbeddingConfig(optimizer=optimizer, sharding=sharding, tables=tables),  # type: ignore[arg-type]
     )
 

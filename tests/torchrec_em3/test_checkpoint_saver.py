@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import tests.tiny_parts  # noqa: F401
 from tests.gang import Gang
+from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3 import checkpoint
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder
@@ -35,7 +36,7 @@ def config_for(data: Path, run: Path, *, background: bool) -> Config:
         data=str(data),
         run=str(run),
         loader=LoaderConfig(batch_size=64, max_history=10),
-        model=ModelConfig(embedding_dim=8),
+        model=ModelConfig(embedding_dim=8, **WHOLE_EM3),
         train=options,
     )
 

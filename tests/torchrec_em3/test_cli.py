@@ -10,6 +10,8 @@ import torchrec_em3
 from tests.program import ROOT, finish
 from torchrec_em3.cli import COMMANDS, run
 
+UNALIGNED = ["--model.alignment_weight", "0"]
+
 
 def em3(*arguments: str) -> int:
     try:
@@ -51,6 +53,9 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["train", "--model.content_options.num_querys", "2"], 2, "num_querys.*Did you mean 'num_queries'"),
         (["train", "--model.content_options.num_queries", "two"], 2, "content_options.*num_queries"),
         (["train", "--model.ranker", "none"], 2, "--model.ranker cannot be none"),
+        (["train", "--model.alignment", "sampled16", *UNALIGNED], 2, "sampled16.*alignment_weight is 0, so it"),
+        (["train", "--model.alignment_options.temperature", "0.5", *UNALIGNED], 2, "global.*_weight is 0"),
+        (["train", "--model.stop_gradient", "true", *UNALIGNED], 2, "leaves the tower untrained; give it a weight"),
         (["train", "--embeddings.sharding", "diagonal"], 2, "embeddings.sharding"),
         (["train", "--plugins", "no_such_package.parts"], 2, "no module 'no_such_package'"),
         (["train"], 2, "no data folder: give --data DIR"),

@@ -53,7 +53,7 @@ def config_for(data: Path, run: Path, **model: Any) -> Config:
         data=str(data),
         run=str(run),
         loader=LoaderConfig(batch_size=128, max_history=10),
-        model=ModelConfig(embedding_dim=8, **model),
+        model=ModelConfig(embedding_dim=8, **{"alignment_weight": 0.01, **model}),
         train=TrainConfig(epochs=1, log_every=1, patience=5),
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig
 from torchrec_em3.datasets.loader import BatchStream
@@ -20,7 +21,7 @@ def config_for(data: Path, compiled: bool) -> Config:
         Config(
             data=str(data),
             loader=LoaderConfig(batch_size=128, max_history=10),
-            model=ModelConfig(embedding_dim=8, ranker_options={"hidden": (16,)}),
+            model=ModelConfig(embedding_dim=8, **WHOLE_EM3, ranker_options={"hidden": (16,)}),
             train=TrainConfig(compile_ranker=compiled),
         )
     )

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 import tests.tiny_encoders
 import tests.tiny_parts  # noqa: F401
 from tests.torchrec_em3.test_embed import write_as_new
+from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3 import train as train_module
 from torchrec_em3.build import build_model, build_sharded, open_data
 from torchrec_em3.cli import run as em3
@@ -53,7 +54,7 @@ def config_for(data: Path, run: Path, training: str = "lora", **model: Any) -> C
         run=str(run),
         plugins="tests.tiny_encoders",
         loader=LoaderConfig(batch_size=128, max_history=10),
-        model=ModelConfig(embedding_dim=8, encode_fraction=0.5, encoders=encoders, **model),
+        model=ModelConfig(**{**WHOLE_EM3, "embedding_dim": 8, "encode_fraction": 0.5, "encoders": encoders, **model}),
         train=TrainConfig(
             epochs=2, log_every=1, checkpoint_every=3, patience=5, keep_checkpoints=50, encoder_learning_rate=0.01
         ),
@@ -191,7 +192,7 @@ def test_stop_gradient_refuses_what_contradicts_it(options: dict[str, Any], mess
 
 @pytest.mark.parametrize("history", ["lora_qformer", "shared", "none"])
 def test_every_history_content_trains_with_an_encoder(cut_data: Path, tmp_path: Path, history: str) -> None:
-    config = config_for(cut_data, tmp_path, history=history)
+    config = config_for(cut_data, tmp_path, history=history, history_options={})
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, encode_fraction=1.0))
     before, after, losses = weights_after(config, 2)
     assert np.isfinite(losses).all()

@@ -26,6 +26,7 @@ TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", 
 
 def command(data: Path, run: Path, *more: str) -> list[str]:
     options = "--loader.batch_size 64 --loader.max_history 10 --model.embedding_dim 8 --model.unknown_id_rate 0.2"
+    options += " --model.history_options.rank 8 --model.alignment_weight 0.01"
     options += " --train.epochs 2 --train.log_every 1 --train.checkpoint_every 7 --train.evaluate_every 14"
     options += " --train.patience 50"
     return ["torchrec_em3", "train", "--data", str(data), "--run_folder", str(run), *options.split(), *more]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import tests.tiny_parts  # noqa: F401
 from tests.gang import run_ranks
 from tests.program import finish
+from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3 import follow as follow_module
 from torchrec_em3.cli import run as em3
 from torchrec_em3.commands.follow import follow
@@ -35,7 +36,7 @@ def config_for(data: Path, run: Path) -> Config:
         data=str(data),
         run=str(run),
         loader=LoaderConfig(batch_size=32, max_history=10),
-        model=ModelConfig(embedding_dim=8, unknown_id_rate=0.2),
+        model=ModelConfig(embedding_dim=8, **WHOLE_EM3, unknown_id_rate=0.2),
         train=TrainConfig(epochs=1, log_every=1, checkpoint_every=2, keep_checkpoints=3),
     )
 

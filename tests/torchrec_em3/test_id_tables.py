@@ -12,6 +12,7 @@ import torch
 import tests.tiny_parts  # noqa: F401
 from tests.gang import Gang
 from tests.stopped_training import fit
+from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3.build import build_model, build_sharded, open_data
 from torchrec_em3.commands import evaluate
 from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConfig, TableConfig, TrainConfig
@@ -33,7 +34,7 @@ def config_for(data: Path, run: Path, tables: dict[str, Any] = MANAGED, **traini
         data=str(data),
         run=str(run),
         loader=LoaderConfig(batch_size=128, max_history=10),
-        model=ModelConfig(embedding_dim=8, unknown_id_rate=0.2),
+        model=ModelConfig(embedding_dim=8, **WHOLE_EM3, unknown_id_rate=0.2),
         embeddings=EmbeddingConfig(tables=tables),
         train=TrainConfig(epochs=1, log_every=1, patience=5, checkpoint_every=5, keep_checkpoints=50, **training),
     )

@@ -10,6 +10,7 @@ import pytest
 
 import tests.tiny_parts  # noqa: F401
 from tests.gang import GangError, run_ranks
+from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder
 from torchrec_em3.checkpoint_manifest import read_manifest, verify
@@ -26,7 +27,7 @@ SECONDS = 280.0
 def save(data: Path, folder: Path, step: int, rank: int, size: int) -> None:
     """Save a model whose values are those of no other step; `rank` dies when a file of its own reaches `size` bytes."""
     load_builtin_parts()
-    config = Config(data=str(data), seed=step, model=ModelConfig(embedding_dim=8))
+    config = Config(data=str(data), seed=step, model=ModelConfig(embedding_dim=8, **WHOLE_EM3))
     with process_group() as ranks:
         sharded = build_sharded(config, open_data(config), ranks)
         if ranks.rank == rank and size:

@@ -10,6 +10,7 @@ import torch
 
 import tests.tiny_parts  # noqa: F401
 from tests.gang import Gang
+from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConfig
 from torchrec_em3.datasets.loader import BatchStream
@@ -27,7 +28,7 @@ def config_for(tiny_data: Path) -> Config:
     return Config(
         data=str(tiny_data),
         loader=LoaderConfig(batch_size=64, max_history=10),
-        model=ModelConfig(embedding_dim=8, encode_fraction=0.5),
+        model=ModelConfig(embedding_dim=8, **WHOLE_EM3, encode_fraction=0.5),
         embeddings=EmbeddingConfig(sharding="row_wise"),
     )
 

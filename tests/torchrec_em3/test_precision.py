@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.components.embeddings import Precision
 from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConfig
@@ -21,7 +22,7 @@ def config_for(data: Path, precision: Precision) -> Config:
         Config(
             data=str(data),
             loader=LoaderConfig(batch_size=128, max_history=10),
-            model=ModelConfig(embedding_dim=8, unknown_id_rate=0.0),
+            model=ModelConfig(embedding_dim=8, **WHOLE_EM3, unknown_id_rate=0.0),
             embeddings=EmbeddingConfig(precision=precision),
         )
     )

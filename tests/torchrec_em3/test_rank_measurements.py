@@ -11,6 +11,7 @@ import pytest
 import tests.tiny_parts  # noqa: F401
 from tests.gang import Gang
 from tests.stopped_training import fit
+from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConfig, TrainConfig
 from torchrec_em3.errors import NumericError
@@ -26,7 +27,7 @@ def config_for(data: Path, run: Path, **embeddings: Any) -> Config:
         data=str(data),
         run=str(run),
         loader=LoaderConfig(batch_size=128, max_history=10),
-        model=ModelConfig(embedding_dim=8),
+        model=ModelConfig(embedding_dim=8, **WHOLE_EM3),
         embeddings=EmbeddingConfig(**embeddings),
         train=TrainConfig(epochs=1, patience=5),
     )

@@ -9,6 +9,7 @@ import pytest
 
 import tests.tiny_parts  # noqa: F401
 from tests.stopped_training import before_step, interrupt, terminate
+from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3 import train as train_module
 from torchrec_em3.commands.train import main, train
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig
@@ -22,7 +23,7 @@ def config_for(data: Path, run: Path) -> Config:
         data=str(data),
         run=str(run),
         loader=LoaderConfig(batch_size=128, max_history=10),
-        model=ModelConfig(embedding_dim=8, unknown_id_rate=0.2),
+        model=ModelConfig(embedding_dim=8, **WHOLE_EM3, unknown_id_rate=0.2),
         train=TrainConfig(epochs=2, log_every=1, checkpoint_every=5, patience=5, keep_checkpoints=50),
     )
 

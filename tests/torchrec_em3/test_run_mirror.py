@@ -15,6 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import tests.tiny_parts  # noqa: F401
 from tests.stopped_training import before_step, interrupt
+from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3.checkpoint_manifest import digest, write_manifest
 from torchrec_em3.commands.train import main, train
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig
@@ -237,7 +238,7 @@ def test_a_new_machine_goes_on_to_the_same_losses(tiny_data: Path, config: Confi
         config,
         data=str(tiny_data),
         loader=LoaderConfig(batch_size=128, max_history=10, shuffle="strata"),
-        model=ModelConfig(embedding_dim=8),
+        model=ModelConfig(embedding_dim=8, **WHOLE_EM3),
         train=dataclasses.replace(config.train, epochs=1, log_every=1, checkpoint_every=5),
     )
     shutil.rmtree(config.run)

@@ -107,10 +107,11 @@ def gangs() -> Iterator[tuple[Gang, Gang]]:
 
 
 def config_for(tiny_data: Path, sharding: str, **model: Any) -> Config:
+    adapted = {"history_options": {"rank": 8}} if "history" not in model else {}
     return Config(
         data=str(tiny_data),
         loader=LoaderConfig(max_history=10),
-        model=ModelConfig(embedding_dim=8, unknown_id_rate=0.0, alignment_weight=0.5, **model),
+        model=ModelConfig(embedding_dim=8, unknown_id_rate=0.0, alignment_weight=0.5, **adapted, **model),
         embeddings=EmbeddingConfig(sharding=sharding),  # type: ignore[arg-type]
     )
 

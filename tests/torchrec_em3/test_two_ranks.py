@@ -9,6 +9,7 @@ import pytest
 import tests.tiny_parts  # noqa: F401
 from tests.gang import Gang
 from tests.stopped_training import fit
+from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3.commands import evaluate
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig
 
@@ -20,7 +21,7 @@ def config_for(data: Path, run: Path) -> Config:
         data=str(data),
         run=str(run),
         loader=LoaderConfig(batch_size=128, max_history=10),
-        model=ModelConfig(embedding_dim=8, encode_fraction=0.5),
+        model=ModelConfig(embedding_dim=8, **WHOLE_EM3, encode_fraction=0.5),
         train=TrainConfig(epochs=2, log_every=1, patience=5),
     )
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig
@@ -65,7 +66,7 @@ def test_trained_model_and_its_checkpoint_hold_the_average(tiny_data: Path, tmp_
             data=str(tiny_data),
             run=str(tmp_path),
             loader=LoaderConfig(batch_size=128, max_history=10),
-            model=ModelConfig(embedding_dim=8),
+            model=ModelConfig(embedding_dim=8, **WHOLE_EM3),
             train=TrainConfig(epochs=1, average_decay=0.8),
         )
     )
