@@ -34,7 +34,9 @@ class TrainOptions:
     batch_size: int = 8192
     """Interactions of a step."""
     learning_rate: float = 5e-3
-    """Of Adam, for all weights."""
+    """Of Adam, for the embeddings."""
+    content_learning_rate: float = 1e-3
+    """Of Adam, for what makes content of features, and for the heads of the contrast."""
     evaluate_every: int = 5
     """Epochs between two looks at the validation part."""
     patience: int = 4
@@ -67,7 +69,10 @@ def fit(
     torch.manual_seed(seed)
     started = time.process_time()
     model = Recommender(options, data, features)
-    optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate, fused=True)
+    tables = {"params": [model.rows.weight]}
+    others = [parameter for parameter in model.parameters() if parameter is not model.rows.weight]
+    content = {"params": others, "lr": training.content_learning_rate}
+    optimizer = torch.optim.Adam([tables, content], lr=training.learning_rate, fused=True)
     looked_at = _validation_users(data, training.validation_users)
     best: dict[str, float] = {}
     state, best_epoch = copy.deepcopy(model.state_dict()), 0
