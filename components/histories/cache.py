@@ -24,7 +24,7 @@ class CachedHistoryOptions:
     rank: int = 0
     """Rank of the low-rank correction; 0 leaves it out, which ranked no worse (docs/what-helps.md)."""
     alpha: int = 16
-    """Weight of the correction: it is multiplied by alpha / rank."""
+    """Weight of the correction, if there is one: it is multiplied by alpha / rank."""
 
     def __post_init__(self) -> None:
         """Refuse values that no model can have."""
