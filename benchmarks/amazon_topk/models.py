@@ -30,8 +30,8 @@ Backbone = Literal["bpr", "lightgcn", "lightgcn_knn"]
 Content = Literal["none", "linear", "qformer", "em3"]
 BACKBONES: tuple[Backbone, ...] = get_args(Backbone)
 CONTENTS: tuple[Content, ...] = get_args(Content)
-START_SCALE = 0.1
-"""Deviation of the embeddings at the start, and the factor that brings content, of about unit variance, beside them."""
+EMBEDDING_STD = 0.1
+"""Deviation of the embeddings at the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,7 @@ class Recommender(nn.Module):
     """Scores an item for a user by an inner product; trained on pairs of an item had and an item not had.
 
     An item enters the backbone as its ID embedding plus its content, so a graph backbone passes content on to users.
+    The factor of content starts at 0, so that training starts from IDs alone.
     Tables are plain nn.Embedding weights: in one process all rows take part in each step of a graph backbone, and
     there is nothing to shard. Backbones after BPR-MF, LightGCN and the item graph of FREEDOM, without FREEDOM's
     sampling of edges and its losses on single modalities [ours]; content parts [authors' code], see the classes.
@@ -99,7 +100,7 @@ class Recommender(nn.Module):
         self.options = options
         self.num_users = data.num_users
         self.rows = nn.Embedding(data.num_users + data.num_items, options.width)
-        nn.init.normal_(self.rows.weight, std=START_SCALE)
+        nn.init.normal_(self.rows.weight, std=EMBEDDING_STD)
         self.content = _content_part(options, features) if options.content != "none" else None
         self.alignment = _alignment(options) if options.content == "em3" else None
         self.graph = self.similar = None
@@ -149,7 +150,7 @@ class _LinearContent(nn.Module):
         self.project = nn.Linear(pooled_UI.shape[1], width)
         nn.init.xavier_uniform_(self.project.weight)
         nn.init.zeros_(self.project.bias)
-        self.scale = nn.Parameter(torch.tensor(START_SCALE))
+        self.scale = nn.Parameter(torch.tensor(0.0))
 
     def forward(self) -> Tensor:
         """Return the content of all items [U, D]."""
@@ -165,7 +166,7 @@ class _FusedContent(nn.Module):
         tower = FusionQFormerOptions(preset=options.preset, num_queries=options.queries, dropout=options.dropout)
         dims = {name: group.tokens_UTD.shape[2] for name, group in tokens.items()}
         self.tower = FusionQFormer(tower, dims, dict.fromkeys(tokens, 1), options.width)
-        self.scale = nn.Parameter(torch.tensor(START_SCALE))
+        self.scale = nn.Parameter(torch.tensor(0.0))
 
     def forward(self) -> Tensor:
         """Return the content of all items [U, D]."""

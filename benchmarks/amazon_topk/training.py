@@ -35,7 +35,7 @@ class TrainOptions:
     """Interactions of a step."""
     learning_rate: float = 5e-3
     """Of Adam, for the embeddings."""
-    content_learning_rate: float = 1e-3
+    content_learning_rate: float = 1e-4
     """Of Adam, for what makes content of features, and for the heads of the contrast."""
     evaluate_every: int = 5
     """Epochs between two looks at the validation part."""
