@@ -142,7 +142,7 @@ def _config(data: Path, content: str, max_history: int = 50, embeddings: Embeddi
     return Config(
         data=str(data),
         loader=LoaderConfig(batch_size=2048, max_history=max_history),
-        model=ModelConfig(content=content, **({**WHOLE_EM3, "encode_fraction": 0.25} if content != "none" else {})),
+        model=ModelConfig(content=content, **WHOLE_EM3, encode_fraction=0.25 if content != "none" else 1.0),
         embeddings=embeddings or EmbeddingConfig(),
     )
 

@@ -204,10 +204,10 @@ def _scoring_times(training: Training, bench: Bench) -> dict[str, np.ndarray]:
 
 def mmctr_em3(bench: Bench) -> Iterator[Row]:
     """Row 8: EM3 beside a published figure, which took no turns with it."""
-    defaults = ModelConfig(**WHOLE_EM3)
-    head = dataclasses.replace(defaults, content_attention_hidden=MMCTR_HIDDEN, ranker_options={"hidden": MMCTR_HIDDEN})
+    whole = ModelConfig(**WHOLE_EM3)
+    head = dataclasses.replace(whole, content_attention_hidden=MMCTR_HIDDEN, ranker_options={"hidden": MMCTR_HIDDEN})
     models = {
-        "with each project's defaults": (defaults, 60),
+        "with each project's own widths": (whole, 60),
         "with its widths of content attention and head": (head, 20),
         "with its width of attention over IDs too": (dataclasses.replace(head, attention_hidden=MMCTR_HIDDEN), 20),
     }

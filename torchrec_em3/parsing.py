@@ -158,7 +158,7 @@ def resolve_parts(config: Config) -> Config:
         checked = parse_options(part.options, options, f"model.{kind}_options")
         resolved[f"{kind}_options"] = dataclasses.asdict(checked)
         idle = kind == "alignment" and not config.model.alignment_weight
-        if idle and (name != ModelConfig().alignment or checked != part.options()):
+        if idle and (name != ModelConfig.alignment or checked != part.options()):
             raise ConfigError(
                 f"--model.alignment {name}, or an option of it, is chosen, but --model.alignment_weight is 0, so it "
                 "has no effect; give it a weight, such as 0.01"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tests.tiny_parts  # noqa: F401
-from tests.whole_em3 import WHOLE_EM3
+from benchmarks.whole_em3 import WHOLE_EM3
 from torchrec_em3 import cli
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder

@@ -11,8 +11,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.planner.constants import MIN_CW_DIM
 
 import tests.tiny_parts  # noqa: F401
+from benchmarks.whole_em3 import WHOLE_EM3
 from tests.gang import Gang
-from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder
 from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConfig

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 import tests.tiny_parts  # noqa: F401
+from benchmarks.whole_em3 import WHOLE_EM3
 from tests.gang import Gang
-from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3 import checkpoint
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder

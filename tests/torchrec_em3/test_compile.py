@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.whole_em3 import WHOLE_EM3
+from benchmarks.whole_em3 import WHOLE_EM3
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig
 from torchrec_em3.datasets.loader import BatchStream

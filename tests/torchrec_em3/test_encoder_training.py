@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 
 import tests.tiny_encoders
 import tests.tiny_parts  # noqa: F401
+from benchmarks.whole_em3 import WHOLE_EM3
 from tests.torchrec_em3.test_embed import write_as_new
-from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3 import train as train_module
 from torchrec_em3.build import build_model, build_sharded, open_data
 from torchrec_em3.cli import run as em3

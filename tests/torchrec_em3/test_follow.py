@@ -13,9 +13,9 @@ import pytest
 import torch.distributed as dist
 
 import tests.tiny_parts  # noqa: F401
+from benchmarks.whole_em3 import WHOLE_EM3
 from tests.gang import run_ranks
 from tests.program import finish
-from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3 import follow as follow_module
 from torchrec_em3.cli import run as em3
 from torchrec_em3.commands.follow import follow

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import tests.tiny_parts  # noqa: F401
+from benchmarks.whole_em3 import WHOLE_EM3
 from tests.gang import GangError, run_ranks
-from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder
 from torchrec_em3.checkpoint_manifest import read_manifest, verify

@@ -169,7 +169,7 @@ def test_a_rank_never_fetches_tokens_of_a_row_that_it_does_not_own(
 @pytest.mark.parametrize("history", ["shared", "lora_qformer"])
 def test_histories_that_encode_items_themselves_are_refused(tiny_data: Path, history: str) -> None:
     load_builtin_parts()
-    config = routed(config_for(tiny_data, TABLE_WISE, history=history))
+    config = routed(config_for(tiny_data, TABLE_WISE, history=history, history_options={}))
     with (
         process_group() as ranks,
         pytest.raises(ConfigError, match=r"--model\.routing owner encodes items on the ranks"),

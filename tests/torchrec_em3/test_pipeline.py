@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tests.tiny_parts  # noqa: F401
+from benchmarks.whole_em3 import WHOLE_EM3
 from tests.gang import Gang
-from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConfig
 from torchrec_em3.datasets.loader import BatchStream

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from tests.whole_em3 import WHOLE_EM3
+from benchmarks.whole_em3 import WHOLE_EM3
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.components.embeddings import Precision
 from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConfig

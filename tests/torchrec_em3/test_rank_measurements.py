@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import tests.tiny_parts  # noqa: F401
+from benchmarks.whole_em3 import WHOLE_EM3
 from tests.gang import Gang
 from tests.stopped_training import fit
-from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConfig, TrainConfig
 from torchrec_em3.errors import NumericError

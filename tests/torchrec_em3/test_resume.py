@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import tests.tiny_parts  # noqa: F401
+from benchmarks.whole_em3 import WHOLE_EM3
 from tests.stopped_training import before_step, interrupt, terminate
-from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3 import train as train_module
 from torchrec_em3.commands.train import main, train
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig

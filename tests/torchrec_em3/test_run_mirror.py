@@ -14,8 +14,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import tests.tiny_parts  # noqa: F401
+from benchmarks.whole_em3 import WHOLE_EM3
 from tests.stopped_training import before_step, interrupt
-from tests.whole_em3 import WHOLE_EM3
 from torchrec_em3.checkpoint_manifest import digest, write_manifest
 from torchrec_em3.commands.train import main, train
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig

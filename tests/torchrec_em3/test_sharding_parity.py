@@ -11,6 +11,7 @@ import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 import tests.tiny_parts  # noqa: F401
+from benchmarks.whole_em3 import WHOLE_EM3
 from tests.gang import Gang
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.config import Config, EmbeddingConfig, LoaderConfig, ModelConfig
@@ -107,11 +108,12 @@ def gangs() -> Iterator[tuple[Gang, Gang]]:
 
 
 def config_for(tiny_data: Path, sharding: str, **model: Any) -> Config:
-    adapted = {"history_options": {"rank": 8}} if "history" not in model else {}
     return Config(
         data=str(tiny_data),
         loader=LoaderConfig(max_history=10),
-        model=ModelConfig(embedding_dim=8, unknown_id_rate=0.0, alignment_weight=0.5, **adapted, **model),
+        model=ModelConfig(
+            **{**WHOLE_EM3, "embedding_dim": 8, "unknown_id_rate": 0.0, "alignment_weight": 0.5, **model}
+        ),
         embeddings=EmbeddingConfig(sharding=sharding),  # type: ignore[arg-type]
     )
 
@@ -142,7 +144,7 @@ def test_other_parts_run_on_two_ranks_as_on_one(
     gangs: tuple[Gang, Gang], tiny_data: Path, content: str, history: str
 ) -> None:
     """DDP also refuses parameters that a step leaves unused."""
-    config = config_for(tiny_data, "row_wise", content=content, history=history)
+    config = config_for(tiny_data, "row_wise", content=content, history=history, history_options={})
     one = gangs[0].run(train_steps, config, 1)
     two = gangs[1].run(train_steps, config, 2)
     assert np.mean([rank["loss"] for rank in two], axis=0) == pytest.approx(one[0]["loss"], rel=1e-6)

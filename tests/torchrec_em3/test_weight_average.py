@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.whole_em3 import WHOLE_EM3
+from benchmarks.whole_em3 import WHOLE_EM3
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig
