@@ -5,7 +5,7 @@ Shape letters: V users, U items, N users then items, B interactions of a batch, 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torchrec_em3.components.towers.qformer import FusionQFormer, FusionQFormerO
 from torchrec_em3.components.towers.tokens import masked_mean
 from torchrec_em3.errors import ConfigError
 
-__all__ = ["BACKBONES", "CONTENTS", "ModelOptions", "Recommender"]
+__all__ = ["BACKBONES", "CONTENTS", "ModelOptions", "Recommender", "Vectors"]
 
 Backbone = Literal["bpr", "lightgcn", "lightgcn_knn"]
 Content = Literal["none", "linear", "qformer", "em3"]
@@ -62,8 +62,8 @@ class ModelOptions:
     """Temperature of the contrast; the authors chose among 0.5 and 0.1."""
     alignment_weight: float = 1e-3
     """Weight of the contrast in the loss [authors' code]."""
-    l2: float = 1e-4
-    """Half the mean squared norm of a batch's embedding rows enters the loss with this weight."""
+    l2: float = 1e-2
+    """Weight of half the mean squared norm of a batch's users and items before the backbone, content included."""
 
     def __post_init__(self) -> None:
         """Refuse names that there are not."""
@@ -71,6 +71,22 @@ class ModelOptions:
             raise ConfigError(f"backbone is '{self.backbone}'; choose from {', '.join(BACKBONES)}")
         if self.content not in CONTENTS:
             raise ConfigError(f"content is '{self.content}'; choose from {', '.join(CONTENTS)}")
+
+
+class Vectors(NamedTuple):
+    """Vectors of all users and items.
+
+    Attributes:
+        users_VD: Users, to score with.
+        scored_UD: Items, to score.
+        entering_ND: Users, then items, as they enter the backbone: ID embedding plus content.
+        content_UD: Content of the items, if the model has any.
+    """
+
+    users_VD: Tensor
+    scored_UD: Tensor
+    entering_ND: Tensor
+    content_UD: Tensor | None
 
 
 class Recommender(nn.Module):
@@ -109,13 +125,13 @@ class Recommender(nn.Module):
         if options.backbone == "lightgcn_knn":
             self.similar = similarity_graph(features, _modality_weights(options, features), options.neighbours)
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the vectors to score with, of users [V, D] and items [U, D], and the items' content [U, D]."""
-        rows_ND, content_UD = self.rows.weight, None
+    def forward(self) -> Vectors:
+        """Return the vectors of all users and items."""
+        entering_ND, content_UD = self.rows.weight, None
         if self.content is not None:
             content_UD = self.content()
-            rows_ND = torch.cat([rows_ND[: self.num_users], rows_ND[self.num_users :] + content_UD])
-        items_UD = rows_ND[self.num_users :]
+            entering_ND = torch.cat([entering_ND[: self.num_users], entering_ND[self.num_users :] + content_UD])
+        rows_ND = entering_ND
         if self.graph is not None:
             layers = [rows_ND]
             for _ in range(self.options.layers):
@@ -123,15 +139,16 @@ class Recommender(nn.Module):
             rows_ND = torch.stack(layers).mean(0)
         users_VD, scored_UD = rows_ND[: self.num_users], rows_ND[self.num_users :]
         if self.similar is not None:
-            scored_UD = scored_UD + propagate(self.similar, items_UD)
-        return users_VD, scored_UD, content_UD
+            scored_UD = scored_UD + propagate(self.similar, entering_ND[self.num_users :])
+        return Vectors(users_VD, scored_UD, entering_ND, content_UD)
 
     def loss(self, user_B: Tensor, item_B: Tensor, other_B: Tensor) -> Tensor:
         """Return the loss of a batch: an item of each user's should score above another item."""
-        users_VD, scored_UD, content_UD = self()
+        users_VD, scored_UD, entering_ND, content_UD = self()
         margin_B = (users_VD[user_B] * (scored_UD[item_B] - scored_UD[other_B])).sum(1)
         loss = -nn.functional.logsigmoid(margin_B).mean()
-        drawn = [self.rows(rows) for rows in (user_B, item_B + self.num_users, other_B + self.num_users)]
+        # Content too: what L2 leaves out grows in place of the ID embeddings, and validation falls.
+        drawn = [entering_ND[rows] for rows in (user_B, item_B + self.num_users, other_B + self.num_users)]
         loss = loss + 0.5 * self.options.l2 * sum(rows_BD.square().sum(1).mean() for rows_BD in drawn)
         if self.alignment is not None and content_UD is not None:
             item_C, count_C = item_B.unique(return_counts=True)

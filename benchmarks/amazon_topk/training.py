@@ -142,5 +142,5 @@ def _vectors(model: Recommender) -> tuple[Tensor, Tensor]:
     """Return the vectors of users and items without dropout and gradient."""
     model.eval()
     with torch.no_grad():
-        users_VD, items_UD, _ = model()
-    return users_VD, items_UD
+        vectors = model()
+    return vectors.users_VD, vectors.scored_UD

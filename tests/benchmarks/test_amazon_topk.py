@@ -212,6 +212,17 @@ def test_every_weight_is_trained(backbone: Any, content: Any) -> None:
     assert {name for name, weight in model.named_parameters() if weight.grad is None} == set()
 
 
+def test_l2_is_of_embeddings_with_their_content() -> None:
+    torch.manual_seed(0)
+    model = Recommender(ModelOptions(content="linear", l2=0.5, width=8), world(), half_features()).eval()
+    torch.nn.init.ones_(model.content.scale)
+    user_B, item_B, other_B = next(_batches(world(), 256))
+    users_VD, items_UD = model.rows.weight[:NUM_USERS], model.rows.weight[NUM_USERS:] + model.content()
+    ranking = -((users_VD[user_B] * (items_UD[item_B] - items_UD[other_B])).sum(1)).sigmoid().log().mean()
+    squares = [rows_BD.square().sum(1).mean() for rows_BD in (users_VD[user_B], items_UD[item_B], items_UD[other_B])]
+    torch.testing.assert_close(model.loss(user_B, item_B, other_B), ranking + 0.25 * sum(squares))
+
+
 def test_content_without_features_is_refused() -> None:
     with pytest.raises(ConfigError, match="needs features"):
         Recommender(ModelOptions(content="em3"), world(), {})
