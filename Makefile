@@ -13,7 +13,7 @@ TYPING      := build/typing
 # takes a folder without __init__.py for none of the package's.
 PAGES       := build/pages
 REFERENCE   := build/api/torchrec_em3
-SOURCES     := torchrec_em3 components datasets torchx_specs benchmarks tests setup.py
+SOURCES     := torchrec_em3 components datasets torchx_specs benchmarks docs/examples tests setup.py
 
 # Everything that runs is installed below; nothing is fetched while it runs.
 export HF_HUB_OFFLINE ?= 1

@@ -137,6 +137,8 @@ def _torchrun(arguments: list[str], usage: bool) -> str | None:
             launched = get_args_parser().parse_args(arguments)
     except SystemExit:
         return said.getvalue().strip()
+    if not launched.module:
+        return None if (ROOT / launched.training_script).is_file() else f"{launched.training_script} is not there"
     if launched.training_script != "torchrec_em3":
         return f"torchrun starts {launched.training_script}, not torchrec_em3"
     return _em3(launched.training_script_args, usage)

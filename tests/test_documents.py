@@ -32,6 +32,7 @@ def test_every_command_is_one_that_its_program_takes(page: Path, monkeypatch: py
         ("em3 prepare movielens --source DIR --out DATA [--splits temporal]", "--splits"),
         ("torchrun --procs 2 -m torchrec_em3 train --run_folder r", "--procs"),
         ("torchrun --nproc_per_node 2 -m torchrec_em3 train --run_folder r --trian.epochs 1", "--trian.epochs"),
+        ("torchrun --nproc_per_node 2 docs/examples/no_such.py", "no_such.py is not there"),
         ("torchx run -s local_cwd torchx_specs/train.py:trian --run r", "trian"),
         ("torchx run -s local_cwd torchx_specs/train.py:evaluate --run r --dta d", "--dta"),
         ("python benchmarks/no_such.py", "no_such.py is not there"),
