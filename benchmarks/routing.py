@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from jsonargparse import auto_cli
 from numpy.typing import NDArray
+from panels import panels
 
 from torchrec_em3.components.item_routing import owned_rows
 from torchrec_em3.datasets.prepared import PreparedData
@@ -30,9 +31,6 @@ ID_BYTES, FLOAT_BYTES = 8, 4
 NOTES = 3
 """Numbers beside the content of an item on its way home (see `torchrec_em3.content_path`)."""
 ZIPF_EXPONENT = 1.1
-STYLE = """<style>text{font:11px sans-serif;fill:#333}.grid{stroke:#ddd}.axis{stroke:#666}
-.s0{color:#0067a3}.s1{color:#b35900}.stroke{stroke:currentColor;stroke-width:1.8;fill:none}.fill{fill:currentColor}</style>
-<rect width="100%" height="100%" fill="#fff"/>"""
 
 
 @dataclass(frozen=True)
@@ -127,19 +125,15 @@ def table(found: list[Counts]) -> str:
 
 def drawing(results: Mapping[str, list[Counts]]) -> str:
     """Return an SVG file: for each stream what the rank with most has to encode over the number of ranks."""
-    parts, height = [], 250
-    for place, (name, found) in enumerate(results.items()):
+    charts = {}
+    for name, found in results.items():
         power = [float(np.log2(counts.ranks)) for counts in found]
         lines = [
             Line("local", 0, power, [counts.local_most for counts in found]),
             Line("owner", 1, power, [counts.owner_most for counts in found]),
         ]
-        chart = str(line_chart(lines, "log2 of the ranks (dashed: local, solid: owner)", "items on the rank with most"))
-        top = place * height
-        parts.append(f'<text x="10" y="{top + 16}">{name}</text>')
-        parts.append(chart.replace("<svg ", f'<svg x="0" y="{top + 24}" width="330" height="220" ', 1))
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 340 {height * len(results)}" width="680">'
-    return f"{head}{STYLE}{''.join(parts)}</svg>\n"
+        charts[name] = line_chart(lines, "log2 of the ranks", "items on the rank with most")
+    return panels(charts, legend=("local", "owner"))
 
 
 def main(
