@@ -13,6 +13,8 @@ import pyarrow as pa
 
 from torchrec_em3.datasets.encoder_record import rebuild_encoder
 from torchrec_em3.datasets.movielens_catalogue import read_catalogue
+from torchrec_em3.datasets.parquet_folder import read_items
+from torchrec_em3.datasets.parquet_table import ParquetTable
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.datasets.raw import RawItems
 from torchrec_em3.datasets.tables import Layout, column_names, find_file, read_table
@@ -32,14 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 def read_new_items(folder: Path) -> RawItems:
-    """Read `items.csv` and find the pictures beside it.
+    """Read `items.parquet` or `items.csv` and find the pictures beside it.
 
-    With a column `text` the text encoder reads that, as it stands. Without one the file is read as MovieLens items are:
-    the text is made of title, genres and plot.
+    Parquet is read as `em3 prepare parquet` reads it. In CSV with a column `text` the text encoder reads that, as it
+    stands. Without one the file is read as MovieLens items are: the text is made of title, genres and plot.
 
     Args:
-        folder: Holds `items.csv` (`item_id` and any of `title`, `text` or MovieLens' columns) and pictures by item id
-            in `posters/` or `images/`.
+        folder: Holds `items.parquet` (or parts in `items/`) or `items.csv` (`item_id` and any of `title`, `text` or
+            MovieLens' columns), and pictures by item id in `posters/` or `images/`.
 
     Returns:
         The items in the order of the file; `image` is relative to `folder`.
@@ -47,11 +49,15 @@ def read_new_items(folder: Path) -> RawItems:
     Raises:
         DataError: If there is no such file, it is malformed, or two items have the same id.
     """
-    path = find_file(folder, "items.csv")
-    if path is None:
-        raise DataError(f"{folder}: no items.csv; it needs the columns item_id, title and text")
-    names = column_names(path, _ITEMS_CSV)
-    items = _read_texts(path, names) if "text" in names else read_catalogue(folder, [])
+    table, path = ParquetTable.find(folder, "items"), find_file(folder, "items.csv")
+    if table is not None:
+        items = read_items(table, folder / "images")
+        items = replace(items, image=np.array([name and f"images/{name}" for name in items.image], dtype=object))
+    elif path is not None:
+        names = column_names(path, _ITEMS_CSV)
+        items = _read_texts(path, names) if "text" in names else read_catalogue(folder, [])
+    else:
+        raise DataError(f"{folder}: no items.parquet or items.csv; it needs the columns item_id, title and text")
     pictures = _find_pictures(folder)
     image = [named or pictures.get(item, "") for named, item in zip(items.image, items.item_id, strict=True)]
     return replace(items, image=np.array(image, dtype=object))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,6 +53,17 @@ def picture(path: Path, colour: str) -> None:
     Image.new("RGB", (8, 8), colour).save(path)
 
 
+def test_a_parquet_table_is_read_as_prepare_reads_it(tmp_path: Path) -> None:
+    columns = {"item_id": [7, 8, 9], "title": ["Blue <b>mug</b>", None, "Jar"], "image": ["a.png", None, ""]}
+    pq.write_table(pa.table(columns), tmp_path / "items.parquet")
+    picture(tmp_path / "images" / "a.png", "blue")
+    picture(tmp_path / "posters" / "9.png", "red")
+    items = read_new_items(tmp_path)
+    assert items.item_id.tolist() == ["7", "8", "9"]
+    assert items.title.tolist() == items.text.tolist() == ["Blue mug", "", "Jar"]
+    assert items.image.tolist() == ["images/a.png", "", "posters/9.png"]
+
+
 def test_texts_are_read_as_they_stand_and_pictures_found_by_id(tmp_path: Path) -> None:
     (tmp_path / "items.csv").write_text(
         'item_id,title,price,text\nb1,Blue\x0bmug,3,"A mug,\nlarge"\na/2,"Cup",4,\n007,,5,Jar\n', encoding="utf-8"
@@ -79,7 +92,7 @@ def test_without_texts_it_is_a_movielens_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"no items\.csv; it needs the columns item_id, title and text"),
+        (None, r"no items\.parquet or items\.csv; it needs the columns item_id, title and text"),
         ("item_id,text\n", "the file holds no rows"),
         ("id,text\n1,x\n", "no column 'item_id' among id, text"),
         ("item_id,text\n1,x\n1,y\n", "row 3: item_id '1' stands in row 2 already"),

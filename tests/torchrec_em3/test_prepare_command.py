@@ -1,9 +1,11 @@
-"""`em3 prepare amazon` and `em3 prepare sequences` as they are called, from raw files to a prepared folder."""
+"""`em3 prepare parquet`, `amazon` and `sequences` as they are called, from raw files to a prepared folder."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.datasets.amazon_data import put, write_2018
@@ -22,6 +24,29 @@ def em3(*arguments: object) -> int:
 
 def meta_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "meta.json").read_text())
+
+
+def test_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events = {"user_id": [row % 7 for row in range(200)], "item_id": [row * 5 % 13 for row in range(200)]}
+    events |= {"timestamp": list(range(200)), "click": [row % 2 for row in range(200)], "buy": [0] * 199 + [1]}
+    pq.write_table(pa.table(events), tmp_path / "events.parquet")
+    pq.write_table(
+        pa.table({"item_id": list(range(12)), "title": [f"mug {i}" for i in range(12)]}), tmp_path / "items.parquet"
+    )
+    arguments = ["prepare", "parquet", "--source", tmp_path, *TINY]
+    assert em3(*arguments, "--out", tmp_path / "data", "--tasks", "click,buy") == 0
+    told = capsys.readouterr()
+    assert "200 events of 7 users on 13 items; train 160, validation 20, test 20 (temporal)" in told.out
+    assert "items.parquet: lacks 1 items of the events (first: 12)" in told.err
+    assert "text: 12 items, 1 without" in told.out
+    data = PreparedData.open(tmp_path / "data")
+    assert data.tasks == ["click", "buy"]
+    assert data.split_rows("test")["label_buy"].tolist() == [0] * 19 + [1]
+    assert em3(*arguments, "--out", tmp_path / "other") == 3
+    assert "events.parquet: neither 'label' nor 'rating' among user_id" in capsys.readouterr().err
+    assert em3(*arguments, "--out", tmp_path / "other", "--tasks", "click,bought") == 3
+    assert "no column 'bought' among" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_amazon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`em3 prepare movielens|amazon|sequences|simulated`: raw files to a prepared folder."""
+"""`em3 prepare parquet|movielens|amazon|sequences|simulated`: raw files to a prepared folder."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +12,7 @@ from torchrec_em3.datasets.amazon import read_amazon
 from torchrec_em3.datasets.code_files import find_codes, name_codes, read_codes
 from torchrec_em3.datasets.download import download
 from torchrec_em3.datasets.movielens import read_movielens
+from torchrec_em3.datasets.parquet_folder import read_parquet_folder
 from torchrec_em3.datasets.picture_download import PictureLimits
 from torchrec_em3.datasets.prepare import PrepareOptions, prepare
 from torchrec_em3.datasets.raw import RawDataset
@@ -27,6 +28,7 @@ from torchrec_em3.runlog import configure_logging
 SEQUENCE_NEGATIVES = 4
 
 SOURCES = {
+    "parquet": "Your own data: Parquet tables of events, items and, if there are any, users.",
     "movielens": "MovieLens 100K, 1M, 20M, 25M, 32M or latest, recognised from its files; "
     "posters and plots beside them are used.",
     "amazon": "Amazon Reviews 2014, 2018 or 2023, reviews or ratings, recognised from its files; "
@@ -48,9 +50,14 @@ def main(arguments: Sequence[str]) -> None:
     if source not in SOURCES:
         raise ConfigError(f"unknown source '{source}'; sources: {', '.join(SOURCES)}.{closest(source, list(SOURCES))}")
     configure_logging(first_rank=True)
-    {"movielens": _movielens, "amazon": _amazon, "sequences": _sequences, "simulated": _simulated}[source](
-        arguments[1:]
-    )
+    run = {
+        "parquet": _parquet,
+        "movielens": _movielens,
+        "amazon": _amazon,
+        "sequences": _sequences,
+        "simulated": _simulated,
+    }
+    run[source](arguments[1:])
 
 
 def _parse(
@@ -87,6 +94,24 @@ def _add_codes(parser: CommandParser) -> None:
 
 def _with_codes(raw: RawDataset, files: Mapping[str, Path]) -> RawDataset:
     return replace(raw, codes={name: read_codes(path) for name, path in files.items()})
+
+
+def _parquet(arguments: Sequence[str]) -> None:
+    def extend(parser: CommandParser) -> None:
+        parser.add_argument("--source", type=str, required=True, help="Folder with events, items and users.")
+        parser.add_argument(
+            "--tasks", type=str, default="", help="Columns of 0 and 1 to predict, with commas, the main one first."
+        )
+        parser.add_argument(
+            "--images", type=str, default="", help="Folder of pictures; images/ in SOURCE if not given."
+        )
+        _add_codes(parser)
+
+    values, options = _parse("parquet", arguments, extend)
+    source = Path(values.source)
+    tasks = [name.strip() for name in values.tasks.split(",")] if values.tasks else []
+    raw = _with_codes(read_parquet_folder(source, tasks, _path(values.images)), name_codes(values.codes, source))
+    _say(_write(raw, values.out, options), values.out, "amazon")
 
 
 def _movielens(arguments: Sequence[str]) -> None:
