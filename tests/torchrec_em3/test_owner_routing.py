@@ -149,10 +149,12 @@ def test_gradients_are_the_local_ones_also_where_a_rank_owns_no_target(gangs: di
     found = gangs[4].run(gradients, routed(config), 4, 20)
     assert [len(rank["fetched"]) for rank in found] == [20, 0, 0, 0]
     assert min(len(rank["fetched"]) for rank in local) > 10
-    assert max(abs(gradient).max() for gradient in expected.values()) > 1e-3
+    largest = max(abs(gradient).max() for gradient in expected.values())
+    assert largest > 1e-3
     for rank in (*local, *found):
         for name, gradient in expected.items():
-            np.testing.assert_allclose(rank["gradients"][name], gradient, rtol=1e-4, atol=1e-7, err_msg=name)
+            # Ranks add the same terms in another order, so what cancels to almost nothing has an error of their size.
+            np.testing.assert_allclose(rank["gradients"][name], gradient, rtol=1e-4, atol=1e-6 * largest, err_msg=name)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
