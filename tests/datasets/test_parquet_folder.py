@@ -178,6 +178,13 @@ def test_what_is_refused(tmp_path: Path, make: Callable[[Path], object], message
     assert "\n" not in str(caught.value)
 
 
+def test_a_table_without_rows_has_no_events(tmp_path: Path) -> None:
+    write(tmp_path)
+    pq.write_table(pa.table(EVENTS).slice(0, 0), tmp_path / "events.parquet")
+    with pytest.raises(DataError, match="no events; a data set needs at least one"):
+        prepare(read_parquet_folder(tmp_path), tmp_path / "out", PrepareOptions())
+
+
 def test_tasks_and_pictures_that_cannot_be(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(ConfigError, match="--tasks label,label names a column twice"):
