@@ -51,10 +51,6 @@ class ParquetTable:
         place = place if place.is_file() else folder / name
         return cls(place, _guarded(place, lambda: pa_dataset.dataset([str(part) for part in parts])))
 
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return _guarded(self.place, self.data.count_rows)
-
     @property
     def names(self) -> list[str]:
         """Names of the columns."""

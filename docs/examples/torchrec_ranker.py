@@ -3,8 +3,7 @@
     torchrun --nproc_per_node 2 docs/examples/torchrec_ranker.py
 
 Nothing here reads a config or writes a run folder: this is a training loop of its own that borrows four modules. Shape
-letters: B rows, U distinct target items, V distinct history items, N history positions, I items, T tokens, D width, L
-width of what tastes and items agree on.
+letters: B rows, U distinct target items, V distinct history items, N history positions, I items, T tokens, D width.
 """
 
 import os
