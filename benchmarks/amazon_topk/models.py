@@ -30,6 +30,8 @@ Backbone = Literal["bpr", "lightgcn", "lightgcn_knn"]
 Content = Literal["none", "linear", "qformer", "em3"]
 BACKBONES: tuple[Backbone, ...] = get_args(Backbone)
 CONTENTS: tuple[Content, ...] = get_args(Content)
+L2: Mapping[Backbone, float] = {"bpr": 0.05, "lightgcn": 0.01, "lightgcn_knn": 0.01}
+"""Best weight of L2 for each backbone with IDs alone, on validation of Sports (README.md)."""
 EMBEDDING_STD = 0.1
 """Deviation of the embeddings at the start."""
 
@@ -62,8 +64,9 @@ class ModelOptions:
     """Temperature of the contrast; the authors chose among 0.5 and 0.1."""
     alignment_weight: float = 1e-3
     """Weight of the contrast in the loss [authors' code]."""
-    l2: float = 1e-2
-    """Weight of half the mean squared norm of a batch's users and items before the backbone, content included."""
+    l2: float | None = None
+    """Weight of half the mean squared norm of a batch's users and items before the backbone, content included; none
+    takes that of the backbone in `L2`."""
 
     def __post_init__(self) -> None:
         """Refuse names that there are not."""
@@ -71,6 +74,11 @@ class ModelOptions:
             raise ConfigError(f"backbone is '{self.backbone}'; choose from {', '.join(BACKBONES)}")
         if self.content not in CONTENTS:
             raise ConfigError(f"content is '{self.content}'; choose from {', '.join(CONTENTS)}")
+
+    @property
+    def l2_weight(self) -> float:
+        """The weight of L2 that is trained with."""
+        return L2[self.backbone] if self.l2 is None else self.l2
 
 
 class Vectors(NamedTuple):
@@ -149,7 +157,7 @@ class Recommender(nn.Module):
         loss = -nn.functional.logsigmoid(margin_B).mean()
         # Content too: what L2 leaves out grows in place of the ID embeddings, and validation falls.
         drawn = [entering_ND[rows] for rows in (user_B, item_B + self.num_users, other_B + self.num_users)]
-        loss = loss + 0.5 * self.options.l2 * sum(rows_BD.square().sum(1).mean() for rows_BD in drawn)
+        loss = loss + 0.5 * self.options.l2_weight * sum(rows_BD.square().sum(1).mean() for rows_BD in drawn)
         if self.alignment is not None and content_UD is not None:
             item_C, count_C = item_B.unique(return_counts=True)
             aligned = self.alignment(content_UD[item_C], self.rows(item_C + self.num_users), item_C, count_C)

@@ -88,7 +88,8 @@ def run(
     }
     done = {_identity(row) for row in read_results(folder)}
     for options, seed in _matrix(model, backbones, contents, seeds):
-        settings = {"model": dataclasses.asdict(options), "training": dataclasses.asdict(training)}
+        model_settings = dataclasses.asdict(options) | {"l2": options.l2_weight}
+        settings = {"model": model_settings, "training": dataclasses.asdict(training)}
         row: dict[str, Any] = {
             **common,
             **settings,

@@ -223,6 +223,13 @@ def test_l2_is_of_embeddings_with_their_content() -> None:
     torch.testing.assert_close(model.loss(user_B, item_B, other_B), ranking + 0.25 * sum(squares))
 
 
+@pytest.mark.parametrize(
+    ("backbone", "given", "weight"), [("bpr", None, 0.05), ("lightgcn", None, 0.01), ("bpr", 0.0, 0.0)]
+)
+def test_l2_is_that_of_the_backbone_unless_given(backbone: Any, given: float | None, weight: float) -> None:
+    assert ModelOptions(backbone=backbone, l2=given).l2_weight == weight
+
+
 def test_content_without_features_is_refused() -> None:
     with pytest.raises(ConfigError, match="needs features"):
         Recommender(ModelOptions(content="em3"), world(), {})
