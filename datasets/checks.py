@@ -1,7 +1,7 @@
 """What must hold of raw data before it is worth indexing: vectorised, one clear line for the first thing wrong."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -82,25 +82,23 @@ def check_raw(raw: RawDataset, *, events_checked: bool = False) -> None:
     Raises:
         DataError: Whatever `check_events` refuses; or if catalogue columns differ in length; an item id is empty,
             repeated or, though an event has it, missing; an image lies outside `image_root`; a feature's name is taken
-            or not plain; a name of codes is; a label is neither 0 nor 1; or a click probability is outside 0..1.
+            or not plain; a name of codes is; a label is neither 0 nor 1; a dense feature is infinite; or a click
+            probability is outside 0..1.
         ConfigError: If the name of a task is not plain.
     """
     source = f"data set '{raw.name}'"
     if not events_checked:
         check_events(raw.user_id, raw.item_id, raw.rating, raw.timestamp, source=source)
     _check_items(raw, source)
-    for name in raw.user_features:
-        if not _PLAIN_NAME.fullmatch(name) or name in _RESERVED:
-            raise DataError(
-                f"{source}: user feature '{name}' needs another name: small letters, digits and '_', and none of "
-                f"{', '.join(sorted(_RESERVED))}"
-            )
+    _check_feature_names("user", raw.user_features, _RESERVED, source)
+    _check_feature_names("dense", raw.dense, _RESERVED | raw.user_features.keys(), source)
     for name in raw.codes:
         if not _PLAIN_NAME.fullmatch(name) or name in ("text", "image"):
             raise DataError(
                 f"{source}: codes '{name}' need another name: small letters, digits and '_', neither text nor image"
             )
     _check_labels(raw, source)
+    _check_dense(raw, source)
     if raw.probability is not None:
         if raw.probability.shape != raw.rating.shape:
             shape = list(raw.probability.shape)
@@ -122,6 +120,26 @@ def _has_kind(column: Ids, kind: str) -> bool:
     if isinstance(column, pa.DictionaryArray):
         return kind == "str" and pa.types.is_string(column.type.value_type)
     return column.dtype.kind in {"str": "UO", "floating point": "f", "integer": "iu"}[kind]
+
+
+def _check_feature_names(kind: str, names: Iterable[str], taken: Set[str], source: str) -> None:
+    for name in names:
+        if not _PLAIN_NAME.fullmatch(name) or name in taken:
+            raise DataError(
+                f"{source}: {kind} feature '{name}' needs another name: small letters, digits and '_', and none of "
+                f"{', '.join(sorted(taken))}"
+            )
+
+
+def _check_dense(raw: RawDataset, source: str) -> None:
+    for name, value in raw.dense.items():
+        if value.shape != raw.rating.shape or value.dtype.kind != "f":
+            found = f"{value.dtype} {list(value.shape)}"
+            raise DataError(f"{source}: dense['{name}'] is {found}, expected floating point [{len(raw.rating)}]")
+        bad = np.isinf(value)
+        if bad.any():
+            row = int(np.argmax(bad))
+            raise DataError(f"{source} row {row}: dense['{name}'] is {value[row]}, must be finite, or NaN if unknown")
 
 
 def _check_labels(raw: RawDataset, source: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from torchrec_em3.datasets import splits
+from torchrec_em3.datasets.dense import dense_column
 from torchrec_em3.datasets.ids import Ids, arrow_strings, count_codes, encode_ids, look_up
 from torchrec_em3.datasets.labels import make_labels, task_thresholds
 from torchrec_em3.datasets.negatives import Negatives, sample_negatives
@@ -56,14 +57,15 @@ class Histories:
 class IndexedDataset:
     """A data set in numbers. Events are in global time order: by timestamp, then user row, then original order.
 
-    A sampled negative is a row behind its positive, with that one's user, timestamp, history and split, and labels 0.
+    A sampled negative is a row behind its positive, with that one's user, timestamp, history, dense features and split,
+    and labels 0.
 
     Attributes:
         users: User rows.
         items: Catalogue rows.
         catalogue: For each item row from 1 on, the position of the item in the raw catalogue, int64 [I - 1].
         events: Columns `user`, `item`, `label`, `rating`, `timestamp`, `history_end`, `split`; `label_<task>` of each
-            task but the main one; `probability` if known.
+            task but the main one; `dense_<name>` of each dense feature; `probability` if known.
         histories: Histories of all users.
         time_cuts: First timestamp of validation and of test, or None where the split knows no global cut.
         tasks: Smallest positive rating by task, the main one first; None where the labels were given.
@@ -121,13 +123,11 @@ def index_dataset(
     catalogue[item_row[catalogue_code] - 1] = np.arange(len(item_ids))
 
     num_given = len(user_code)
-    none, again = np.zeros(len(drawn.item), dtype=np.int8), drawn.positive
+    again = drawn.positive
     columns = {
         "user": _append(look_up(user_row.astype(np.int32), user_code), user_row[user_code[again]]),
         "item": _append(look_up(item_row.astype(np.int32), item_code), item_row[drawn.item]),
-        **{name: _append(column, none) for name, column in label.items()},
-        "rating": _append(raw.rating.astype(np.float32, copy=False), none),
-        "timestamp": _append(raw.timestamp.astype(np.int64, copy=False), raw.timestamp[again]),
+        **_measured(raw, label, again),
     }
     del user_code, item_code
     order = np.lexsort((columns["user"], columns["timestamp"]))
@@ -146,6 +146,18 @@ def index_dataset(
     if raw.probability is not None:
         columns["probability"] = raw.probability.astype(np.float32, copy=False)
     return IndexedDataset(users, items, catalogue, OrderedEvents(columns, order), histories, cuts, tasks)
+
+
+def _measured(raw: RawDataset, label: Mapping[str, np.ndarray], positive: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the columns of what was seen of the events, and of the negatives that are drawn for some of them."""
+    none = np.zeros(len(positive), dtype=np.int8)
+    dense = {dense_column(name): value.astype(np.float32, copy=False) for name, value in raw.dense.items()}
+    return {
+        **{name: _append(column, none) for name, column in label.items()},
+        "rating": _append(raw.rating.astype(np.float32, copy=False), none),
+        "timestamp": _append(raw.timestamp.astype(np.int64, copy=False), raw.timestamp[positive]),
+        **{name: _append(column, column[positive]) for name, column in dense.items()},
+    }
 
 
 def _append(column: np.ndarray, more: np.ndarray) -> np.ndarray:

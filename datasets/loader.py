@@ -1,7 +1,7 @@
 """From a prepared folder to batches: sharded by rank, shuffled by seed and epoch, resumable at any row.
 
-Shape letters: B rows of a batch on one rank, N history positions, F user features, R rows of the split, K tasks, U user
-rows.
+Shape letters: B rows of a batch on one rank, N history positions, F features (of users, or dense), R rows of the split,
+K tasks, U user rows.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_em3.batch import HISTORY, TARGET, Batch
+from torchrec_em3.datasets.dense import dense_column
 from torchrec_em3.datasets.prepared import PreparedData, Split
 from torchrec_em3.datasets.raw_ids import user_ids
 from torchrec_em3.datasets.recent_events import ShardRows
@@ -79,13 +80,17 @@ class BatchStream(IterableDataset[Batch]):
             self._num_rows = int(data.meta["counts"][split])
             self._strata = StrataOrder(self._num_rows, seed, rank=rank, world_size=world_size, batch_size=batch_size)
             mine = self._strata.rows
-            self._columns = data.split_rows(split, mine.start, mine.stop)
+            columns = data.split_rows(split, mine.start, mine.stop)
         else:
-            self._columns = data.split_rows(split)
-            self._num_rows = len(self._columns["user"])
-        labels = [self._columns[name] for name in data.label_columns]
+            columns = data.split_rows(split)
+            self._num_rows = len(columns["user"])
+        self._columns = {name: columns[name] for name in ("user", "item", "history_end")}
+        labels = [columns[name] for name in data.label_columns]
         # [R] where there is one task, else [R, K].
         self._labels = labels[0] if len(labels) == 1 else np.stack(labels, axis=1)
+        self._dense_RF = np.empty((len(columns["user"]), len(data.dense_features)), dtype=np.float32)
+        for place, feature in enumerate(data.dense_features):
+            self._dense_RF[:, place] = feature.standardise(columns[dense_column(feature.name)])
         self._keys = [*data.user_feature_names, TARGET, HISTORY]
         self.seek(0)
         self._check_size(data)
@@ -163,7 +168,7 @@ class BatchStream(IterableDataset[Batch]):
                 values=torch.from_numpy(values.astype(np.int64)),
                 lengths=torch.from_numpy(np.concatenate([ones, length_B])),
             ),
-            dense=torch.empty(len(row_B), 0),
+            dense=torch.from_numpy(self._dense_RF[row_B]),
             label=torch.from_numpy(self._labels[row_B].astype(np.float32)),
             weight=torch.from_numpy(weight_B),
             user=torch.from_numpy(user_B.astype(np.int64)),

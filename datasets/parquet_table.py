@@ -88,11 +88,12 @@ class ParquetTable:
             raise DataError(f"{self.place} row {bad[0]}: {name} is {values_R[bad[0]]}, must be 0 or 1")
         return values_R.astype(np.int8)
 
-    def numbers(self, name: str) -> np.ndarray:
-        """Return a column of numbers as float32 [R]."""
+    def numbers(self, name: str, *, nullable: bool = False) -> np.ndarray:
+        """Return a column of numbers as float32 [R]; null, where it may be, as NaN."""
         kind = self._type(name)
         self._expect(name, pa.types.is_integer(kind) or pa.types.is_floating(kind), "a number")
-        return self._whole(name).cast(pa.float32(), safe=False).to_numpy()
+        column = self._column(name) if nullable else self._whole(name)
+        return column.cast(pa.float32(), safe=False).to_numpy()
 
     def texts(self, name: str) -> list[str]:
         """Return a column of strings, integers or truth values as strings; "" is what is null."""

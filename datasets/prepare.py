@@ -21,6 +21,7 @@ from torchrec_em3.components.interfaces import TokenEncoder
 from torchrec_em3.datasets import splits
 from torchrec_em3.datasets.checks import check_raw, check_task_names
 from torchrec_em3.datasets.codes import write_codes
+from torchrec_em3.datasets.dense import measure_dense
 from torchrec_em3.datasets.ids import count_codes, to_dictionary
 from torchrec_em3.datasets.indexing import IndexedDataset, index_dataset
 from torchrec_em3.datasets.negatives import check_sampling
@@ -332,6 +333,7 @@ def _describe(
             "test": test,
         },
         "user_features": features,
+        "dense": measure_dense(indexed.events, raw.dense),
         "modalities": modalities,
         "simulated": raw.probability is not None,
         "time_cuts": list(indexed.time_cuts) if indexed.time_cuts else None,

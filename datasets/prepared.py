@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from torchrec_em3.datasets.checked_parquet import check_table, read_parquet, read_split
+from torchrec_em3.datasets.dense import dense_column
 from torchrec_em3.datasets.labels import DEFAULT_TASK, task_columns
 from torchrec_em3.datasets.splits import TEST, TRAIN, VALIDATION
 from torchrec_em3.errors import DataError
+from torchrec_em3.schema import DenseFeature
 
 __all__ = ["FORMAT_VERSION", "PreparedData", "Split", "hash_content"]
 
@@ -100,6 +102,16 @@ class PreparedData:
         return [feature["name"] for feature in self.meta["user_features"]]
 
     @property
+    def dense_features(self) -> list[DenseFeature]:
+        """The dense features, in the order of the columns of `Batch.dense`; folders of earlier versions have none."""
+        return [DenseFeature(**feature) for feature in self.meta.get("dense", ())]
+
+    @property
+    def dense_columns(self) -> list[str]:
+        """The columns of `split_rows` that hold the dense features, in their order."""
+        return [dense_column(feature.name) for feature in self.dense_features]
+
+    @property
     def tasks(self) -> list[str]:
         """Names of the tasks, the main one first."""
         return [task["name"] for task in self.meta["tasks"]]
@@ -170,8 +182,9 @@ class PreparedData:
             end: Row of the split to end before; all that follow if None.
 
         Returns:
-            user, item (int32 rows), label and `label_<task>` of each task but the main one (int8), rating (float32),
-            timestamp, history_end (int64) and, in simulated data, probability (float32), all of one length.
+            user, item (int32 rows), label and `label_<task>` of each task but the main one (int8), rating and
+            `dense_<name>` of each dense feature (float32, NaN where unknown), timestamp, history_end (int64) and, in
+            simulated data, probability (float32), all of one length.
 
         Raises:
             DataError: If a file is damaged (each page has a checksum), or times decrease or values are out of range;
@@ -216,8 +229,9 @@ class PreparedData:
 
     def _event_types(self) -> Mapping[str, pa.DataType]:
         labels = dict.fromkeys(self.label_columns, pa.int8())
+        dense = dict.fromkeys(self.dense_columns, pa.float32())
         probability = {"probability": pa.float32()} if self.meta["simulated"] else {}
-        return {**_EVENT_TYPES, **labels, **probability}
+        return {**_EVENT_TYPES, **labels, **dense, **probability}
 
     def _check_tables(self) -> None:
         features = self.meta["user_features"][1:]

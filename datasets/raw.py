@@ -61,6 +61,8 @@ class RawDataset:
         codes: Semantic codes of the items by name of the quantiser.
         labels: 0 or 1 of each event by name of the task, the main task first, for tasks that are not thresholds of the
             rating, such as click and like; empty if labels come from the rating.
+        dense: Numbers of each event by name, floating point, NaN where unknown: what holds of the moment, such as the
+            hour or the days since the last visit, and not of the item.
         timed: False if only the order of each user's events is known, so that nothing compares two users' events.
     """
 
@@ -75,4 +77,5 @@ class RawDataset:
     probability: np.ndarray | None = None
     codes: Mapping[str, RawCodes] = field(default_factory=dict)
     labels: Mapping[str, np.ndarray] = field(default_factory=dict)
+    dense: Mapping[str, np.ndarray] = field(default_factory=dict)
     timed: bool = True

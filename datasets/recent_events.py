@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from torchrec_em3.datasets.indexing import build_histories
 from torchrec_em3.datasets.prepared import PreparedData, Split
+from torchrec_em3.schema import DenseFeature
 
 __all__ = ["RecentEvents", "ShardRows"]
 
@@ -28,10 +29,12 @@ class ShardRows:
         known_items: See `PreparedData`.
         user_feature_names: See `PreparedData`.
         label_columns: See `PreparedData`.
+        dense_features: See `PreparedData`.
         user_features: int32 [U, F]; users that came after the preparation have row 0, unknown, of each feature.
         history_offsets: int64 [U + 1].
         history_items: int32 [N + E], the remembered events and those of the shard.
-        columns: user, item (int32 rows), timestamp, history_end (int64) and the labels (int8), in order of time.
+        columns: user, item (int32 rows), timestamp, history_end (int64), the labels (int8) and the dense features
+            (float32), in order of time.
         first_seen: Whether no earlier event has the row's item, bool [E]; false where the catalogue lacks it.
     """
 
@@ -41,6 +44,7 @@ class ShardRows:
     known_items: int
     user_feature_names: list[str]
     label_columns: list[str]
+    dense_features: list[DenseFeature]
     user_features: np.ndarray
     history_offsets: np.ndarray
     history_items: np.ndarray
@@ -109,7 +113,7 @@ class RecentEvents:
             "item": item.astype(np.int32),
             "timestamp": table["timestamp"].to_numpy(),
             "history_end": histories.end[len(remembered) :],
-            **{name: table[name].to_numpy() for name in data.label_columns},
+            **{name: table[name].to_numpy() for name in (*data.label_columns, *data.dense_columns)},
         }
         return ShardRows(
             folder=data.folder,
@@ -118,6 +122,7 @@ class RecentEvents:
             known_items=data.known_items,
             user_feature_names=data.user_feature_names,
             label_columns=data.label_columns,
+            dense_features=data.dense_features,
             user_features=np.concatenate([data.user_features, unknown]),
             history_offsets=histories.offsets,
             history_items=histories.items,

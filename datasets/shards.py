@@ -36,22 +36,24 @@ def list_shards(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.parquet") if not path.name.startswith((".", "_")))
 
 
-def read_shard(path: Path, tasks: Sequence[str]) -> pa.Table:
+def read_shard(path: Path, tasks: Sequence[str], dense_columns: Sequence[str] = ()) -> pa.Table:
     """Read a whole shard and check it.
 
     Args:
         path: The file.
         tasks: Names of the tasks, the main one first.
+        dense_columns: Columns of the dense features.
 
     Returns:
         user_id, item_id (string), timestamp (int64), `label` and `label_<task>` of each task but the main one (int8),
-        in order of time, at least one row.
+        the dense features (float32, null or NaN where unknown), in order of time, at least one row.
 
     Raises:
         DataError: If it is missing, truncated or damaged (each page has a checksum), lacks a column or has one of
-            another type, holds no rows, a null or an empty id, a label that is neither 0 nor 1, or times that decrease.
+            another type, holds no rows, a null or an empty id, a label that is neither 0 nor 1, an infinite dense
+            feature, or times that decrease.
     """
-    types = _types(tasks)
+    types = _types(tasks, dense_columns)
     try:
         schema = pq.read_schema(path)
         for name, wanted in types.items():
@@ -63,7 +65,7 @@ def read_shard(path: Path, tasks: Sequence[str]) -> pa.Table:
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: truncated or damaged ({reason}); write the shard again and --resume") from error
-    _check_rows(path, table, task_columns("label", tasks))
+    _check_rows(path, table, task_columns("label", tasks), dense_columns)
     return table
 
 
@@ -102,7 +104,7 @@ def split_into_shards(data: PreparedData, split: Split, count: int, out: Path) -
         "user_id": data.users["raw_id"].take(pa.array(rows["user"])),
         "item_id": data.items["raw_id"].take(pa.array(rows["item"])),
         "timestamp": rows["timestamp"],
-        **{name: rows[name] for name in data.label_columns},
+        **{name: rows[name] for name in (*data.label_columns, *data.dense_columns)},
     }
     paths = []
     for number, (start, end) in enumerate(zip(cuts, [*cuts[1:], len(rows["timestamp"])], strict=True)):
@@ -112,16 +114,17 @@ def split_into_shards(data: PreparedData, split: Split, count: int, out: Path) -
     return paths
 
 
-def _types(tasks: Sequence[str]) -> dict[str, pa.DataType]:
+def _types(tasks: Sequence[str], dense_columns: Sequence[str]) -> dict[str, pa.DataType]:
     ids = dict.fromkeys(("user_id", "item_id"), pa.string())
-    return {**ids, "timestamp": pa.int64(), **dict.fromkeys(task_columns("label", tasks), pa.int8())}
+    labels = dict.fromkeys(task_columns("label", tasks), pa.int8())
+    return {**ids, "timestamp": pa.int64(), **labels, **dict.fromkeys(dense_columns, pa.float32())}
 
 
-def _check_rows(path: Path, table: pa.Table, labels: Sequence[str]) -> None:
+def _check_rows(path: Path, table: pa.Table, labels: Sequence[str], dense_columns: Sequence[str]) -> None:
     if table.num_rows == 0:
         raise DataError(f"{path}: no rows; leave empty shards out")
     for name in table.column_names:
-        if table[name].null_count:
+        if table[name].null_count and name not in dense_columns:
             row = pc.index(table[name].is_null(), value=True).as_py()
             raise DataError(f"{path} row {row}: {name} is null; write the shard again")
     for name in ("user_id", "item_id"):
@@ -133,6 +136,10 @@ def _check_rows(path: Path, table: pa.Table, labels: Sequence[str]) -> None:
         bad = np.flatnonzero((values_E != 0) & (values_E != 1))
         if bad.size:
             raise DataError(f"{path} row {bad[0]}: {name} is {values_E[bad[0]]}, must be 0 or 1")
+    for name in dense_columns:
+        infinite = np.flatnonzero(np.isinf(table[name].to_numpy()))
+        if infinite.size:
+            raise DataError(f"{path} row {infinite[0]}: {name} is infinite, must be finite, or null if unknown")
     decreasing = np.flatnonzero(np.diff(table["timestamp"].to_numpy()) < 0)
     if decreasing.size:
         raise DataError(f"{path} row {decreasing[0] + 1}: timestamp decreases; sort the shard by time")

@@ -136,7 +136,8 @@ def _write_tensors(
     packed = {name: pack_rows(table, precision) for name, table in rows.items()}
     save_file({**packed, **others}, folder / TABLES_FILE)
     make_readable(folder / TABLES_FILE)
-    graph = ServingGraph(model, None if content is None else content.history)
+    num_dense = len(trained.data.dense_features)
+    graph = ServingGraph(model, num_dense, None if content is None else content.history)
     torch.export.save(export_graph(graph, trained.config.model.embedding_dim), folder / GRAPH_FILE)
     return sum(table.numel() * 4 for table in rows.values()) + sum(other.nbytes for other in others.values())
 
@@ -173,5 +174,6 @@ def _config(folder: Path, trained: TrainedRun, precision: Precision) -> PackageC
         content_history=model.content is not None and model.content.history is not None,
         codes=model.codes is not None,
         tasks=tuple(data.tasks),
+        dense=tuple(data.dense_features),
         origin=trained.origin,
     )

@@ -167,7 +167,7 @@ class Follower:
     def _take(self, path: Path) -> None:
         """Measure a shard, unless that is done, and train on the rest of it."""
         progress = self.progress
-        table = read_shard(path, self._data.tasks)
+        table = read_shard(path, self._data.tasks, self._data.dense_columns)
         self._check_place(path, table)
         if progress.epoch == 0:
             self._memory.start(before=table["timestamp"][0].as_py())

@@ -33,7 +33,7 @@ from torchrec_em3.model import EM3Model
 from torchrec_em3.parsing import parse_config
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import write_json
-from torchrec_em3.schema import CodeSpec, FeatureSchema, ModalitySpec, SparseFeature
+from torchrec_em3.schema import CodeSpec, DenseFeature, FeatureSchema, ModalitySpec, SparseFeature
 from torchrec_em3.streams import open_stream
 from torchrec_em3.tensor_files import make_readable
 from torchrec_em3.tier_edges import rows_at_tier_edges
@@ -228,5 +228,8 @@ def _schema(values: dict[str, Any]) -> FeatureSchema:
     features = tuple(SparseFeature(**feature) for feature in values["user_features"])
     modalities = tuple(ModalitySpec(**modality) for modality in values["modalities"])
     codes = tuple(CodeSpec(**code) for code in values["codes"])
+    dense = tuple(DenseFeature(**feature) for feature in values.get("dense", ()))
     lists = {"user_features": features, "modalities": modalities, "codes": codes, "tasks": tuple(values["tasks"])}
-    return FeatureSchema(**{**values, **lists})
+    # A number of dense features, always 0, stood in the config before there were any.
+    others = {name: value for name, value in values.items() if name != "num_dense"}
+    return FeatureSchema(**{**others, **lists, "dense": dense})

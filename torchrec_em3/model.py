@@ -105,8 +105,8 @@ class EM3Model(nn.Module):
         if config.uses_code_features:
             self.codes = CodeFeatures(schema.codes, codes, width, options.content_attention_hidden)
             block_dims |= {"codes": width, "codes_interest": width}
-        if schema.num_dense:
-            block_dims["context"] = schema.num_dense
+        if schema.dense:
+            block_dims["context"] = len(schema.dense)
         self.ranker = build_ranker(options, block_dims, schema.tasks)
         self.step = 0
 

@@ -1,10 +1,15 @@
-"""What the model needs to know about a data set: its features, its catalogue and its modalities."""
+"""What the model needs to know about a data set: its features, its catalogue and its modalities.
+
+Shape letters: E events.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["CodeSpec", "FeatureSchema", "IdSpec", "ModalitySpec", "SparseFeature"]
+import numpy as np
+
+__all__ = ["CodeSpec", "DenseFeature", "FeatureSchema", "IdSpec", "ModalitySpec", "SparseFeature"]
 
 
 @dataclass(frozen=True)
@@ -13,6 +18,26 @@ class SparseFeature:
 
     name: str
     rows: int
+
+
+@dataclass(frozen=True)
+class DenseFeature:
+    """A number that comes with each event; the model reads it in standard deviations from the mean.
+
+    Attributes:
+        name: Name of the feature.
+        mean: Mean of the training events in which it is known.
+        std: Their standard deviation, or 1 where they are all alike.
+    """
+
+    name: str
+    mean: float
+    std: float
+
+    def standardise(self, value_E: np.ndarray) -> np.ndarray:
+        """Return what the model reads, float32 [E]: an unknown value, NaN, becomes 0, which is the mean."""
+        scaled_E = (value_E.astype(np.float64) - self.mean) / self.std
+        return np.where(np.isnan(scaled_E), 0.0, scaled_E).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -59,7 +84,7 @@ class FeatureSchema:
         known_items: Items with training rows; they are catalogue rows 1..known_items and the only ones with an ID
             embedding.
         modalities: What the token store holds.
-        num_dense: Width of `Batch.dense`.
+        dense: Dense features, in the order of the columns of `Batch.dense`.
         codes: What the code store holds.
         tasks: Names of the labels, the main one first.
         user_ids: Ids of the user table.
@@ -70,7 +95,7 @@ class FeatureSchema:
     item_rows: int
     known_items: int
     modalities: tuple[ModalitySpec, ...] = ()
-    num_dense: int = 0
+    dense: tuple[DenseFeature, ...] = ()
     codes: tuple[CodeSpec, ...] = ()
     tasks: tuple[str, ...] = ("label",)
     user_ids: IdSpec = IdSpec()
@@ -87,6 +112,7 @@ class FeatureSchema:
                 ModalitySpec(name, int(spec["dim"]), int(spec["max_tokens"]))
                 for name, spec in sorted(meta["modalities"].items())
             ),
+            dense=tuple(DenseFeature(**feature) for feature in meta.get("dense", ())),
             codes=tuple(
                 CodeSpec(name, int(spec["levels"]), int(spec["codes_per_level"]))
                 for name, spec in sorted(meta.get("codes", {}).items())

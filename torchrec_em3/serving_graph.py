@@ -2,8 +2,8 @@
 
 Table look-ups stay outside: the graph takes embeddings and content, so it does not depend on how a package stores them.
 
-Shape letters: R requests, K candidates of a request, L history positions of a request, F user features, B = R * K rows,
-D width, T tasks.
+Shape letters: R requests, K candidates of a request, L history positions of a request, F features (of the user, or
+dense), B = R * K rows, D width, T tasks.
 """
 
 import copy
@@ -26,16 +26,18 @@ _EXAMPLE = 3, 5, 4
 class ServingGraph(nn.Module):
     """User, history and candidates of requests to logits [ours].
 
-    What belongs to the request, its user's embeddings and its history with the maps on it, enters once, whatever the
-    number of candidates.
+    What belongs to the request, its user's embeddings, its dense features and its history with the maps on it, enters
+    once, whatever the number of candidates.
 
     Args:
         model: The trained model; its dense parameters are copied.
+        num_dense: Dense features that it ranks by.
         history_map: The map on the rows of the history's content (see `HistoryItems`); None without such content.
     """
 
-    def __init__(self, model: EM3Model, history_map: HistoryItems | None) -> None:
+    def __init__(self, model: EM3Model, num_dense: int, history_map: HistoryItems | None) -> None:
         super().__init__()
+        self.num_dense = num_dense
         self.user_blocks = [user_block(name) for name in model.users.names]
         self.attention = SharedHistoryAttention(copy.deepcopy(model.attention))
         self.ranker = copy.deepcopy(model.ranker)
@@ -64,6 +66,7 @@ class ServingGraph(nn.Module):
         target_codes_RKD: Tensor | None = None,
         history_codes_RLD: Tensor | None = None,
         has_codes_RL: Tensor | None = None,
+        dense_RF: Tensor | None = None,
     ) -> Tensor:
         """Return logit_RK, or logit_RKT for several tasks.
 
@@ -78,6 +81,7 @@ class ServingGraph(nn.Module):
             target_codes_RKD: Vectors of the candidates' codes; only where codes are features.
             history_codes_RLD: Vectors of the history's codes; as before.
             has_codes_RL: Which items of the history have codes, bool.
+            dense_RF: Dense features, standardised; only where the model has any.
         """
         requests, candidates = target_RKD.shape[:2]
         shown_RL = torch.arange(history_RLD.shape[1], device=length_R.device) < length_R[:, None]
@@ -97,6 +101,8 @@ class ServingGraph(nn.Module):
             per_candidate["codes_interest"] = self.codes_attention(
                 target_codes_RKD, history_codes_RLD, shown_RL & has_codes_RL
             )
+        if dense_RF is not None:
+            per_candidate["context"] = dense_RF[:, None].expand(-1, candidates, -1)
         for place, block in enumerate(self.user_blocks):
             per_candidate[block] = user_RFD[:, place, None].expand(-1, candidates, -1)
         logit_B: Tensor = self.ranker({name: block_RKD.flatten(0, 1) for name, block_RKD in per_candidate.items()})
@@ -139,6 +145,7 @@ def _inputs(graph: ServingGraph, width: int) -> list[_Input]:
             (torch.rand(requests, positions, row_width), position) if history else absent,
             (torch.rand(requests, positions) < 0.5, position) if history else absent,
         ]
+    inputs.append((torch.rand(requests, graph.num_dense), request) if graph.num_dense else absent)
     while inputs[-1][0] is None:
         inputs.pop()
     return inputs

@@ -13,6 +13,9 @@ from torchrec_em3.errors import ConfigError
 
 __all__ = ["Blocks", "CrossedBlocks"]
 
+_NUMBERS = "context"
+"""The block of the dense features: numbers side by side and no embedding, even if there are as many as that is wide."""
+
 
 class Blocks:
     """Names and widths of a ranker's blocks; their order is the order of the inputs, whatever the order at a call."""
@@ -35,8 +38,14 @@ class Blocks:
     @property
     def common_width(self) -> int:
         """The width that most blocks have, the smallest of several such: that of the embeddings."""
-        counts = Counter(self.dims.values())
+        counts = Counter(width for name, width in self.dims.items() if name != _NUMBERS) or Counter(self.dims.values())
         return min(counts, key=lambda width: (-counts[width], width))
+
+    @property
+    def embeddings(self) -> list[str]:
+        """Names of the blocks that are embeddings of the common width."""
+        common = self.common_width
+        return [name for name, width in self.dims.items() if width == common and name != _NUMBERS]
 
     def in_order(self, blocks: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the tensors of a call in the order of the inputs."""
@@ -44,7 +53,7 @@ class Blocks:
 
 
 class CrossedBlocks(Blocks):
-    """Blocks concatenated, followed by the dot product of every two of equal width [ours, as in DLRM]."""
+    """Blocks concatenated, followed by the dot product of every two embeddings of equal width [ours, as in DLRM]."""
 
     def __init__(self, ranker: str, dims: Mapping[str, int], interactions: bool) -> None:
         """Note the blocks.
@@ -60,6 +69,8 @@ class CrossedBlocks(Blocks):
         super().__init__(ranker, dims)
         by_width: dict[int, list[str]] = {}
         for name, width in dims.items():
+            if name == _NUMBERS:
+                continue
             by_width.setdefault(width, []).append(name)
         self.groups = [group for group in by_width.values() if interactions and len(group) > 1]
         self.input_width = self.total_width + sum(len(group) * (len(group) - 1) // 2 for group in self.groups)

@@ -29,11 +29,10 @@ class DeepFMRankerOptions(MLPOptions):
 class DeepFMRanker(nn.Module):
     """Logit of a row from its blocks: first-order term, dot products of every two blocks, and an MLP, summed.
 
-    A block of another width than the common one enters the dot products through a linear map without bias, as a dense
-    field does in a factorization machine; first-order term and MLP read all blocks as they are. The dot products are
-    divided by sqrt(W), because content does not start as small as an embedding [ours]. They have no
-    weights of their own, so several tasks share them. Source: DeepFM (arXiv
-    1703.04247).
+    The dense features, and a block of another width than the common one, enter the dot products through a linear map
+    without bias, as a dense field does in a factorization machine; first-order term and MLP read all blocks as they
+    are. The dot products are divided by sqrt(W), because content does not start as small as an embedding [ours]. They
+    have no weights of their own, so several tasks share them. Source: DeepFM (arXiv 1703.04247).
 
     Args:
         options: See `DeepFMRankerOptions`.
@@ -48,7 +47,7 @@ class DeepFMRanker(nn.Module):
         super().__init__()
         self.blocks = Blocks("deepfm", block_dims)
         self.width = self.blocks.common_width
-        others = {name: width for name, width in block_dims.items() if width != self.width}
+        others = {name: width for name, width in block_dims.items() if name not in self.blocks.embeddings}
         self.embed = nn.ModuleDict({name: nn.Linear(width, self.width, bias=False) for name, width in others.items()})
         # The logit's bias is the MLP's.
         self.first_order = nn.Linear(self.blocks.total_width, num_tasks, bias=False)

@@ -40,9 +40,10 @@ class DlrmRankerOptions:
 class DlrmRanker(nn.Module):
     """Logit of a row from the dot products of its blocks: bottom MLP, pairwise interactions, top MLP.
 
-    The blocks of other widths than the common one stand where DLRM has dense features: concatenated, they pass the
-    bottom MLP to one vector of the common width; if there are none, the first block does. The top MLP sees that vector
-    and the dot product of every two vectors, not the vectors themselves. Source: DLRM (arXiv 1906.00091).
+    The dense features and the blocks of other widths than the common one stand where DLRM has dense features:
+    concatenated, they pass the bottom MLP to one vector of the common width; if there are none, the first block does.
+    The top MLP sees that vector and the dot product of every two vectors, not the vectors themselves. Source: DLRM
+    (arXiv 1906.00091).
 
     Args:
         options: See `DlrmRankerOptions`.
@@ -58,8 +59,8 @@ class DlrmRanker(nn.Module):
         blocks = Blocks("dlrm", block_dims)
         if len(block_dims) < 2:
             raise ConfigError(f"the dlrm ranker needs at least two blocks to interact, not {dict(block_dims)}")
-        width = blocks.common_width
-        self.dense = [name for name in block_dims if block_dims[name] != width] or list(block_dims)[:1]
+        width, embeddings = blocks.common_width, blocks.embeddings
+        self.dense = [name for name in block_dims if name not in embeddings] or list(block_dims)[:1]
         self.sparse = [name for name in block_dims if name not in self.dense]
         dense_width = sum(block_dims[name] for name in self.dense)
         num_vectors = 1 + len(self.sparse)

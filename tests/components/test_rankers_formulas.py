@@ -70,6 +70,14 @@ def test_dlrm_sends_the_first_block_through_the_bottom_where_all_have_one_width(
     torch.testing.assert_close(ranker(BLOCKS), logit[:, 0])
 
 
+def test_as_many_dense_features_as_an_embedding_is_wide_are_no_embedding() -> None:
+    dims = {"target": 4, "interest": 4, "context": 4}
+    dlrm = DlrmRanker(DlrmRankerOptions(), dims)
+    assert (dlrm.dense, dlrm.sparse) == (["context"], ["target", "interest"])
+    assert list(DeepFMRanker(DeepFMRankerOptions(), dims).embed) == ["context"]
+    assert DinRanker(DinRankerOptions(), dims).blocks.groups == [["target", "interest"]]
+
+
 def test_deepfm_is_first_order_dot_products_and_an_mlp() -> None:
     ranker = DeepFMRanker(DeepFMRankerOptions(hidden=(6, 5)), BLOCK_DIMS)
     mapped = {name: BLOCKS[name] @ layer.weight.T for name, layer in ranker.embed.items()}

@@ -119,6 +119,20 @@ def test_tasks_are_columns_and_a_rating_is_for_a_threshold(tmp_path: Path) -> No
     assert (raw.labels, raw.rating.tolist()) == ({}, [5, 3.5, 1, 2])
 
 
+def test_dense_features_are_numbers_and_null_where_unknown(tmp_path: Path) -> None:
+    write(tmp_path, EVENTS | {"hour": [8, 9, None, 23], "price": [1.5, float("nan"), 2.0, 1e9]})
+    raw = read_parquet_folder(tmp_path, dense=("price", "hour"))
+    assert list(raw.dense) == ["price", "hour"]
+    np.testing.assert_equal(raw.dense["hour"], np.array([8, 9, np.nan, 23], dtype=np.float32))
+    np.testing.assert_equal(raw.dense["price"], np.array([1.5, np.nan, 2.0, 1e9], dtype=np.float32))
+    with pytest.raises(ConfigError, match="--dense hour,hour names a column twice"):
+        read_parquet_folder(tmp_path, dense=("hour", "hour"))
+    with pytest.raises(ConfigError, match="--dense names 'label', which is what shall be predicted"):
+        read_parquet_folder(tmp_path, dense=("label",))
+    with pytest.raises(DataError, match="item_id is of type string, expected a number"):
+        read_parquet_folder(tmp_path, dense=("item_id",))
+
+
 def test_pictures_are_named_or_found(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "cup.png").touch()

@@ -108,7 +108,9 @@ def test_the_auc_of_every_task_is_compared() -> None:
         export_parity.compare(worse_BT, expected, "fp32", near_B)
 
 
-@pytest.mark.parametrize(("version", "unknown_then"), [(1, ("codes", "tasks")), (2, ())])
+@pytest.mark.parametrize(
+    ("version", "unknown_then"), [(1, ("codes", "tasks", "dense")), (2, ("dense",)), (3, ("dense",))]
+)
 def test_packages_of_before_are_read(
     version: int, unknown_then: tuple[str, ...], package: Path, tiny_cold_data: Path, tmp_path: Path
 ) -> None:
@@ -130,9 +132,9 @@ def test_packages_of_before_are_read(
 
 
 def test_packages_of_a_later_format_are_refused(package: Path, tmp_path: Path) -> None:
-    manifest = json.loads((package / "manifest.json").read_text()) | {"format_version": 4}
+    manifest = json.loads((package / "manifest.json").read_text()) | {"format_version": 5}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="has format version 4, this program reads 1, 2, 3; export the run again"):
+    with pytest.raises(CheckpointError, match="has format version 5, this program reads 1, 2, 3, 4; export"):
         Scorer.load(tmp_path)
 
 
@@ -206,7 +208,8 @@ print(sorted(name for name in sys.modules if name.startswith("torchrec")))
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     shape, modules = done.stdout.splitlines()
     assert shape == "(2,)"
-    own = ["", ".errors", ".serving", *(f".serving.{name}" for name in ("graph_file", "package", "rows", "scorer"))]
+    serving = (f".serving.{name}" for name in ("graph_file", "package", "rows", "scorer"))
+    own = ["", ".errors", ".schema", ".serving", *serving]
     assert ast.literal_eval(modules) == [f"torchrec_em3{name}" for name in own]
 
 

@@ -88,6 +88,10 @@ def _path(value: str) -> Path | None:
     return Path(value) if value else None
 
 
+def _names(value: str) -> list[str]:
+    return [name.strip() for name in value.split(",")] if value else []
+
+
 def _add_codes(parser: CommandParser) -> None:
     parser.add_argument("--codes", type=str, default="", help="Semantic codes of the items, NAME=FILE with commas.")
 
@@ -103,14 +107,17 @@ def _parquet(arguments: Sequence[str]) -> None:
             "--tasks", type=str, default="", help="Columns of 0 and 1 to predict, with commas, the main one first."
         )
         parser.add_argument(
+            "--dense", type=str, default="", help="Columns of numbers of each event to rank by, with commas."
+        )
+        parser.add_argument(
             "--images", type=str, default="", help="Folder of pictures; images/ in SOURCE if not given."
         )
         _add_codes(parser)
 
     values, options = _parse("parquet", arguments, extend)
     source = Path(values.source)
-    tasks = [name.strip() for name in values.tasks.split(",")] if values.tasks else []
-    raw = _with_codes(read_parquet_folder(source, tasks, _path(values.images)), name_codes(values.codes, source))
+    raw = read_parquet_folder(source, _names(values.tasks), _path(values.images), _names(values.dense))
+    raw = _with_codes(raw, name_codes(values.codes, source))
     _say(_write(raw, values.out, options), values.out, "amazon")
 
 
@@ -202,6 +209,8 @@ def _say(meta: dict[str, Any], out: str, preset: str) -> None:
         f"items{f' and {negatives} sampled negatives' if negatives else ''}; "
         f"train {counts['train']}, validation {counts['validation']}, test {counts['test']} ({meta['split']})"
     )
+    if meta["dense"]:
+        print(f"  dense features: {', '.join(feature['name'] for feature in meta['dense'])}")
     for name, modality in meta["modalities"].items():
         print(
             f"  {name}: {modality['present']} items, {modality['missing']} without, {modality['broken']} unreadable "

@@ -27,7 +27,8 @@ def score_file(scorer: Scorer, source: Path, target: Path) -> int:
     `score` is that of the main task; where the package has several, `score_NAME` is that of each other.
 
     Columns are `user`, `item` (strings or integers), `history` (a list of them, most recent last) and, if wanted, side
-    features. Rows of the same user and history that follow each other share the work of the history.
+    features and dense features. Rows that follow each other and differ in nothing but the item share the work of the
+    history.
 
     Args:
         scorer: The package.
@@ -58,7 +59,8 @@ def score_file(scorer: Scorer, source: Path, target: Path) -> int:
 def _checked(source: Path, schema: pa.Schema, scorer: Scorer) -> pa.Schema:
     """Return the schema of what is written."""
     side_features = [name for name in scorer.config.user_features[1:] if name in schema.names]
-    for name in ("user", "history", "item", *side_features):
+    dense_features = _dense_columns(scorer, schema)
+    for name in ("user", "history", "item", *side_features, *dense_features):
         if schema.names.count(name) != 1:
             raise DataError(f"{source}: {schema.names.count(name)} columns '{name}', expected 1; {_columns(schema)}")
         found = schema.field(name).type
@@ -66,6 +68,9 @@ def _checked(source: Path, schema: pa.Schema, scorer: Scorer) -> pa.Schema:
             inner = found.value_type if pa.types.is_list(found) or pa.types.is_large_list(found) else None
             if inner is None or not _is_id(inner):
                 raise DataError(f"{source}: column 'history' is {found}, expected a list of strings or integers")
+        elif name in dense_features:
+            if not (pa.types.is_integer(found) or pa.types.is_floating(found)):
+                raise DataError(f"{source}: column '{name}' is {found}, expected a number")
         elif not _is_id(found):
             raise DataError(f"{source}: column '{name}' is {found}, expected strings or integers")
     for name in _score_columns(scorer):
@@ -80,6 +85,10 @@ def _score_columns(scorer: Scorer) -> list[str]:
     return [SCORE, *(f"{SCORE}_{task}" for task in scorer.config.tasks[1:])]
 
 
+def _dense_columns(scorer: Scorer, schema: pa.Schema) -> list[str]:
+    return [feature.name for feature in scorer.config.dense if feature.name in schema.names]
+
+
 def _is_id(found: pa.DataType) -> bool:
     return pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_integer(found)
 
@@ -91,10 +100,12 @@ def _columns(schema: pa.Schema) -> str:
 def _score(scorer: Scorer, source: Path, batch: pa.RecordBatch, first_row: int) -> list[pa.Array]:
     """Return the columns of `_score_columns`."""
     requests = []
-    for (user, history, features), group in groupby(_keyed_rows(scorer, source, batch, first_row), lambda row: row[0]):
+    rows = _keyed_rows(scorer, source, batch, first_row)
+    for (user, history, features, dense), group in groupby(rows, lambda row: row[0]):
         items = [item for _, item in group]
         for start in range(0, len(items), ROWS_A_REQUEST):
-            requests.append(Request(user, history, items[start : start + ROWS_A_REQUEST], dict(features)))
+            part = items[start : start + ROWS_A_REQUEST]
+            requests.append(Request(user, history, part, dict(features), dict(dense)))
     score_B = np.concatenate(scorer.score(requests))
     return [pa.array(column_B, pa.float32()) for column_B in score_B.reshape(len(batch), -1).T]
 
@@ -102,12 +113,15 @@ def _score(scorer: Scorer, source: Path, batch: pa.RecordBatch, first_row: int) 
 def _keyed_rows(
     scorer: Scorer, source: Path, batch: pa.RecordBatch, first_row: int
 ) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """Yield user, history and side features of each row, and its item, as text."""
-    names = [name for name in scorer.config.user_features[1:] if name in batch.schema.names]
-    columns = [batch.column(name).to_pylist() for name in ("user", "history", "item", *names)]
+    """Yield user, history, side features and dense features of each row, and its item; all but the numbers as text."""
+    side = [name for name in scorer.config.user_features[1:] if name in batch.schema.names]
+    dense = _dense_columns(scorer, batch.schema)
+    columns = [batch.column(name).to_pylist() for name in ("user", "history", "item", *side, *dense)]
     for row, (user, history, item, *values) in enumerate(zip(*columns, strict=True), start=first_row):
         if user is None or item is None or history is None or None in history:
             wrong = "user" if user is None else "item" if item is None else "history"
             raise DataError(f"{source} row {row}: {wrong} is null or holds a null; fill it or drop the row")
-        features = tuple((name, str(value)) for name, value in zip(names, values, strict=True) if value is not None)
-        yield (str(user), tuple(map(str, history)), features), str(item)
+        known = [(name, value) for name, value in zip([*side, *dense], values, strict=True) if value is not None]
+        features = tuple((name, str(value)) for name, value in known if name in side)
+        numbers = tuple((name, float(value)) for name, value in known if name in dense)
+        yield (str(user), tuple(map(str, history)), features, numbers), str(item)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrec_em3.errors import CheckpointError
+from torchrec_em3.schema import DenseFeature
 from torchrec_em3.serving.rows import Precision
 
 __all__ = [
@@ -37,9 +38,10 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT_VERSION = 3
-READ_VERSIONS = (1, 2, FORMAT_VERSION)
-"""In version 1 nothing was known of codes and of several tasks, in version 2 nothing of tables of raw ids."""
+FORMAT_VERSION = 4
+READ_VERSIONS = (1, 2, 3, FORMAT_VERSION)
+"""In version 1 nothing was known of codes and of several tasks, in version 2 nothing of tables of raw ids, in version 3
+nothing of dense features."""
 CONFIG_FILE, MANIFEST_FILE = "config.json", "manifest.json"
 GRAPH_FILE, TABLES_FILE = "dense.pt2", "tables.safetensors"
 ITEMS_FILE, USERS_FILE = "items.parquet", "users.parquet"
@@ -63,6 +65,7 @@ class PackageConfig:
         content_history: Whether it takes content of the history.
         codes: Whether it takes vectors of codes, of the candidates and of the history.
         tasks: Names of the labels, the main one first; several mean a logit of each for a candidate.
+        dense: Dense features of a request, in the order of the graph's input.
         origin: Checkpoint and data it was made of.
         parity: How its logits compare with the trained model's.
         format_version: Version of this layout.
@@ -80,6 +83,7 @@ class PackageConfig:
     origin: Mapping[str, str]
     codes: bool = False
     tasks: tuple[str, ...] = ("label",)
+    dense: tuple[DenseFeature, ...] = ()
     parity: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -142,7 +146,8 @@ def read_config(folder: Path) -> PackageConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         lists = {name: tuple(values[name]) for name in ("user_features", "tasks") if name in values}
-        return PackageConfig(**{**values, **lists})
+        dense = tuple(DenseFeature(**feature) for feature in values.get("dense", ()))
+        return PackageConfig(**{**values, **lists, "dense": dense})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not the config of a package ({error}); {AGAIN}") from error
 

@@ -1,9 +1,10 @@
 """Scores candidates with a package, without the training code.
 
-Shape letters: R requests, K candidates of a request, L history positions of a request, F user features, D width, T
-tasks.
+Shape letters: R requests, K candidates of a request, L history positions of a request, F features (of the user, or
+dense), D width, T tasks.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,12 +51,14 @@ class Request:
         candidates: Items to score.
         features: Values of the user's side features by name; those left out are the ones that the package has of the
             user.
+        dense: Dense features by name, as in the raw data; those left out, and NaN, are unknown.
     """
 
     user: str
     history: Sequence[str]
     candidates: Sequence[str]
     features: Mapping[str, str] = field(default_factory=dict)
+    dense: Mapping[str, float] = field(default_factory=dict)
 
 
 class Scorer:
@@ -119,7 +122,7 @@ class Scorer:
         Requests go through the graph together as long as that takes little memory, so equal sizes are best.
 
         Raises:
-            DataError: If a side feature is named that the package does not have.
+            DataError: If a side or dense feature is named that the package does not have, or a dense one is infinite.
             NumericError: If a logit is not finite.
         """
         results: list[NDArray[np.float32]] = []
@@ -140,6 +143,8 @@ class Scorer:
 
     @torch.inference_mode()
     def _logits(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
+        for request in requests:
+            self._check_dense(request)
         user_RF = torch.from_numpy(np.array([self._user_rows(request) for request in requests]))
         # The graph takes no empty dimension: one padded place stands for nothing.
         target_RK, _ = self._item_rows([request.candidates for request in requests])
@@ -154,6 +159,7 @@ class Scorer:
         ]
         inputs += self._rows("content", target_RK, history_RL, self.config.content, self.config.content_history)
         inputs += self._rows("codes", target_RK, history_RL, self.config.codes, self.config.codes)
+        inputs.append(self._dense(requests) if self.config.dense else None)
         while inputs[-1] is None:
             inputs.pop()
         logit_RK = self._graph(*inputs)
@@ -184,6 +190,23 @@ class Scorer:
                 raise DataError(f"the package has no user feature '{name}'; features: {known}")
             rows[self.config.user_features.index(name)] = self._vocabularies[name].get(value, 0)
         return rows
+
+    def _check_dense(self, request: Request) -> None:
+        known = [feature.name for feature in self.config.dense]
+        for name, value in request.dense.items():
+            if name not in known:
+                names = ", ".join(known) or "none"
+                raise DataError(f"the package has no dense feature '{name}'; dense features: {names}")
+            if math.isinf(value):
+                raise DataError(f"dense feature '{name}' is {value}, must be finite; leave it out if it is unknown")
+
+    def _dense(self, requests: Sequence[Request]) -> Tensor:
+        """Return the dense features as the model reads them, float32 [R, F]."""
+        columns = [
+            feature.standardise(np.array([request.dense.get(feature.name, np.nan) for request in requests]))
+            for feature in self.config.dense
+        ]
+        return torch.from_numpy(np.stack(columns, axis=1))
 
     def _item_rows(self, items: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
         """Return item rows, padded by row 0 to the longest of the lists, at least 1, and the lengths."""

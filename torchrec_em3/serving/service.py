@@ -29,6 +29,7 @@ __all__ = ["Limits", "create_app"]
 MAX_ID_LENGTH = 256
 RETRY_SECONDS = "1"
 TOGETHER_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+Name = Annotated[str, Field(max_length=MAX_ID_LENGTH)]
 Id = Annotated[str, Field(max_length=MAX_ID_LENGTH)] | Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -151,7 +152,8 @@ class _Service:
             where = ".".join(map(str, first["loc"]))[:MAX_ID_LENGTH] or "body"
             raise HTTPException(422, f"{where}: {first['msg']}") from error
         features = {name: str(value) for name, value in body.features.items()}
-        return Request(str(body.user), list(map(str, body.history)), list(map(str, body.candidates)), features)
+        history, candidates = list(map(str, body.history)), list(map(str, body.candidates))
+        return Request(str(body.user), history, candidates, features, body.dense)
 
 
 def _answer(scorer: Scorer, score_K: NDArray[np.float32]) -> Scores:
@@ -177,7 +179,8 @@ def _body_model(limits: Limits) -> type[BaseModel]:
         user=(Id, ...),
         history=(Annotated[list[Id], Field(max_length=limits.history)], ...),
         candidates=(Annotated[list[Id], Field(min_length=1, max_length=limits.candidates)], ...),
-        features=(dict[Annotated[str, Field(max_length=MAX_ID_LENGTH)], Id], Field(default_factory=dict)),
+        features=(dict[Name, Id], Field(default_factory=dict)),
+        dense=(dict[Name, Annotated[float, Field(allow_inf_nan=False)]], Field(default_factory=dict)),
     )
 
 

@@ -1,0 +1,128 @@
+"""Dense features end to end: they are ranked by, and every export takes them as it takes users and items."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fastapi.testclient import TestClient
+
+import tests.tiny_parts  # noqa: F401  registers the tiny encoders
+from tests.torchrec_em3.packages import export, train
+from torchrec_em3.cli import run as em3
+from torchrec_em3.datasets.prepare import PrepareOptions, prepare
+from torchrec_em3.datasets.prepared import PreparedData
+from torchrec_em3.datasets.simulated import SimulatedOptions, simulate
+from torchrec_em3.errors import DataError
+from torchrec_em3.export_parity import split_requests
+from torchrec_em3.hub import from_pretrained
+from torchrec_em3.serving.scorer import Request, Scorer
+from torchrec_em3.serving.service import create_app
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny catalogue with a feature that nearly gives the label away, unknown now and then, and one of noise."""
+    folder = tmp_path_factory.mktemp("dense")
+    raw = simulate(SimulatedOptions(num_items=150, num_users=60, num_interactions=3000, seed=0), folder / "raw")
+    random = np.random.default_rng(0)
+    hint = 100.0 * raw.rating + random.normal(0.0, 30.0, len(raw.rating))
+    hint[::20] = np.nan
+    raw = replace(raw, dense={"hint": hint, "noise": random.random(len(hint))})
+    options = PrepareOptions(text_encoder="tiny_text", image_encoder="none", label_threshold=None)
+    prepare(raw, folder / "data", options)
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def run(data: Path) -> Path:
+    return train(data, data.parent / "run", "--train.learning_rate", "0.01")
+
+
+@pytest.fixture(scope="module")
+def package(run: Path) -> Path:
+    return export(run, run.parent / "package", "fp32")
+
+
+def test_the_model_ranks_by_them(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["test"]["auc"] > summary["attainable_auc"] + 0.05, "attainable without the hint"
+
+
+@pytest.mark.parametrize("ranker", ["dcn_v2", "dlrm", "deepfm"])
+def test_every_ranker_exports_with_parity(ranker: str, data: Path, tmp_path: Path) -> None:
+    run = train(data, tmp_path / "run", "--model.ranker", ranker)
+    assert Scorer.load(export(run, tmp_path / "package", "fp32")).config.parity["rows"] > 100
+
+
+def test_the_package_scores_the_test_split_as_it_was_evaluated(run: Path, package: Path, data: Path) -> None:
+    scorer = Scorer.load(package)
+    parts = split_requests(PreparedData.open(data), "test", scorer.config.max_history)
+    logit = np.concatenate([logit for part in parts for logit in scorer.logits(part)])
+    np.testing.assert_allclose(logit, np.load(run / "predictions" / "test.npz")["logit"], atol=1e-5)
+
+
+def test_what_is_left_out_is_unknown_and_what_is_strange_is_refused(package: Path) -> None:
+    scorer = Scorer.load(package)
+    means = {feature.name: feature.mean for feature in scorer.config.dense}
+    asked = [Request("1", ["2"], ["3", "4"], dense=dense) for dense in ({}, means, {"hint": float("nan")})]
+    nothing, mean, unknown = scorer.logits(asked)
+    assert nothing.tolist() == mean.tolist() == unknown.tolist()
+    (high,) = scorer.logits([Request("1", ["2"], ["3", "4"], dense={"hint": 100.0})])
+    assert (high > nothing).all()
+    for dense, message in (
+        ({"hnt": 1.0}, "no dense feature 'hnt'; dense features: hint, noise"),
+        ({"hint": float("inf")}, "dense feature 'hint' is inf, must be finite"),
+    ):
+        with pytest.raises(DataError, match=message):
+            scorer.score([Request("1", [], ["3"], dense=dense)])
+
+
+def test_a_file_has_a_column_for_each(package: Path, data: Path, tmp_path: Path) -> None:
+    requests = [request for part in split_requests(PreparedData.open(data), "test", 10) for request in part]
+    columns = {
+        "user": [request.user for request in requests],
+        "history": [list(request.history) for request in requests],
+        "item": [request.candidates[0] for request in requests],
+        "hint": [None if np.isnan(request.dense["hint"]) else request.dense["hint"] for request in requests],
+        "noise": [request.dense["noise"] for request in requests],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+    assert em3(["score", str(package), str(tmp_path / "in.parquet"), str(tmp_path / "out.parquet")]) == 0
+    expected = np.concatenate(Scorer.load(package).score(requests))
+    np.testing.assert_allclose(pq.read_table(tmp_path / "out.parquet")["score"].to_numpy(), expected, atol=1e-6)
+    pq.write_table(pa.table(columns | {"noise": ["a"] * len(requests)}), tmp_path / "in.parquet")
+    assert em3(["score", str(package), str(tmp_path / "in.parquet"), str(tmp_path / "out.parquet")]) == 3
+
+
+def test_the_service_takes_them(package: Path) -> None:
+    body = {"user": "1", "history": ["2"], "candidates": ["3", "4"], "dense": {"hint": 100}}
+    with TestClient(create_app(package)) as client:
+        scores = client.post("/score", json=body).json()["scores"]
+        (expected,) = Scorer.load(package).score([Request("1", ["2"], ["3", "4"], dense={"hint": 100.0})])
+        np.testing.assert_allclose(scores, expected, atol=1e-6)
+        for dense in ({"hint": "100"}, {"hnt": 1.0}, {"hint": None}):
+            assert client.post("/score", json=body | {"dense": dense}).status_code == 422
+        infinite = '{"user": "1", "history": [], "candidates": ["3"], "dense": {"hint": 1e999}}'
+        assert client.post("/score", content=infinite).status_code == 422
+
+
+def test_the_hub_form_is_compared_and_knows_their_means(run: Path, tmp_path: Path) -> None:
+    assert em3(["export", str(run), "--format", "hub", "--out", str(tmp_path / "hub")]) == 0
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert [feature["name"] for feature in config["schema"]["dense"]] == ["hint", "noise"]
+    from_pretrained(tmp_path / "hub")
+
+
+def test_a_stream_ranks_by_them(run: Path, data: Path, tmp_path: Path) -> None:
+    assert em3(["shard", str(data), "--count", "2", "--out", str(tmp_path / "shards")]) == 0
+    options = ["--data", str(data), "--shards", str(tmp_path / "shards"), "--run", str(tmp_path / "live")]
+    same = ["--loader.batch_size", "128", "--loader.max_history", "10", "--model.embedding_dim", "8"]
+    assert em3(["follow", *options, "--start_from", str(run), *same]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "live" / "metrics.jsonl").read_text().splitlines()]
+    measured = [line["auc"] for line in lines if line["phase"] == "progressive"]
+    assert len(measured) == 2
+    assert min(measured) > 0.9
