@@ -4,15 +4,21 @@ Shape letters: E events, V distinct ids.
 """
 
 from array import array
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
+from torchrec_em3.errors import DataError
+
 __all__ = [
+    "ID_TYPE",
     "IdNumbers",
     "Ids",
     "arrow_strings",
+    "check_distinct",
     "count_codes",
     "encode_ids",
     "ids_from_codes",
@@ -23,9 +29,10 @@ __all__ = [
 Ids: TypeAlias = np.ndarray | pa.DictionaryArray
 """Ids of events: strings, or distinct strings and the position of each event's among them."""
 
+ID_TYPE = pa.dictionary(pa.int32(), pa.string())
+"""Type of an arrow array of ids."""
 # Entries that are converted or looked up at a time: numpy and arrow both copy what they index by.
 _CHUNK = 1 << 20
-_TYPE = pa.dictionary(pa.int32(), pa.string())
 
 
 class IdNumbers:
@@ -55,6 +62,27 @@ class IdNumbers:
         return ids_from_codes(self.numbers, self.values)
 
 
+def check_distinct(ids: Iterable[str | None], place: Path, name: str, first_row: int) -> None:
+    """Check the ids of a table in which each stands once.
+
+    Args:
+        ids: The ids.
+        place: The table, for the messages.
+        name: The column.
+        first_row: Number of the first row in the table.
+
+    Raises:
+        DataError: With table and row, if an id is null, empty or there already.
+    """
+    row_of: dict[str, int] = {}
+    for row, value in enumerate(ids, first_row):
+        if not value:
+            raise DataError(f"{place} row {row}: {name} is {'null' if value is None else 'empty'}")
+        if value in row_of:
+            raise DataError(f"{place} row {row}: {name} '{value}' stands in row {row_of[value]} already; keep one")
+        row_of[value] = row
+
+
 def ids_from_codes(code_E: np.ndarray, values_V: np.ndarray) -> pa.DictionaryArray:
     """Return the ids whose positions among distinct ids are given (int32), without a copy of the positions."""
     return pa.DictionaryArray.from_arrays(pa.array(code_E), arrow_strings(values_V))
@@ -69,7 +97,7 @@ def arrow_strings(ids: np.ndarray) -> pa.Array:
 def to_dictionary(ids: Ids) -> pa.DictionaryArray:
     """Return ids as distinct strings and int32 positions; what has that form already is returned as it is."""
     if isinstance(ids, pa.DictionaryArray):
-        return ids if ids.type == _TYPE else ids.cast(_TYPE)
+        return ids if ids.type == ID_TYPE else ids.cast(ID_TYPE)
     starts = range(0, max(len(ids), 1), _CHUNK)
     chunks = [arrow_strings(ids[start : start + _CHUNK]).dictionary_encode() for start in starts]
     return pa.chunked_array(chunks).unify_dictionaries().combine_chunks()

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from torchrec_em3.datasets.checks import check_events, check_raw
+from torchrec_em3.datasets.ids import check_distinct
 from torchrec_em3.datasets.movielens_catalogue import read_catalogue
 from torchrec_em3.datasets.raw import RawDataset
 from torchrec_em3.datasets.tables import Layout, column_names, find_file, first_line, read_table, text_column
@@ -137,11 +138,7 @@ def _read_users(source: Path) -> dict[str, dict[str, str]]:
     types = {"user_id": pa.string(), "gender": pa.string(), "age": pa.int64(), "occupation": pa.string()}
     table = read_table(path, layout, types, known=("zip_code",))
     user_id = table["user_id"].to_pylist()
-    if len(set(user_id)) != len(user_id):
-        first = np.unique(np.array(user_id), return_index=True)[1]
-        row = int(np.setdiff1d(np.arange(len(user_id)), first)[0])
-        where = f"{path} row {row + (1 if layout.names else 2)}"
-        raise DataError(f"{where}: user_id '{user_id[row]}' stands in an earlier row already; ids must be distinct")
+    check_distinct(user_id, path, "user_id", first_row=1 if layout.names else 2)
     group = np.searchsorted(_AGE_GROUPS, table["age"].to_numpy(), side="right")
     ages = np.array(["", *_AGE_GROUPS.tolist()], dtype=str)[group]
     columns = {

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pyarrow as pa
 
+from torchrec_em3.datasets.ids import check_distinct
 from torchrec_em3.datasets.raw import RawItems
 from torchrec_em3.datasets.tables import Layout, column_names, find_file, read_table
 from torchrec_em3.errors import DataError
@@ -135,16 +136,7 @@ def _columns(
 ) -> dict[str, list[str]]:
     table = read_table(path, layout, dict.fromkeys(names, pa.string()), known=known)
     columns: dict[str, list[str]] = table.to_pydict()
-    seen: dict[str, int] = {}
-    first_row = 1 if layout.names else 2
-    for row, item_id in enumerate(columns["item_id"], first_row):
-        if not item_id:
-            raise DataError(f"{path} row {row}: item_id is empty")
-        if item_id in seen:
-            raise DataError(
-                f"{path} row {row}: item_id '{item_id}' stands in row {seen[item_id]} already; ids must be distinct"
-            )
-        seen[item_id] = row
+    check_distinct(columns["item_id"], path, "item_id", first_row=1 if layout.names else 2)
     return columns
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from torchrec_em3.datasets.encoder_record import rebuild_encoder
+from torchrec_em3.datasets.ids import check_distinct
 from torchrec_em3.datasets.movielens_catalogue import read_catalogue
 from torchrec_em3.datasets.parquet_folder import read_items
 from torchrec_em3.datasets.parquet_table import ParquetTable
@@ -102,14 +103,8 @@ def encode_new_items(items: RawItems, folder: Path, data: PreparedData, out: Pat
 def _read_texts(path: Path, names: tuple[str, ...]) -> RawItems:
     wanted = [name for name in ("item_id", "title", "text") if name in ("item_id", *names)]
     columns = read_table(path, _ITEMS_CSV, dict.fromkeys(wanted, pa.string()), known=None).to_pydict()
-    seen: dict[str, int] = {}
-    for row, item_id in enumerate(columns["item_id"], 2):
-        if not item_id:
-            raise DataError(f"{path} row {row}: item_id is empty")
-        if item_id in seen:
-            raise DataError(f"{path} row {row}: item_id '{item_id}' stands in row {seen[item_id]} already; keep one")
-        seen[item_id] = row
-    nothing = [""] * len(seen)
+    check_distinct(columns["item_id"], path, "item_id", first_row=2)
+    nothing = [""] * len(columns["item_id"])
     return RawItems(
         item_id=np.array(columns["item_id"], dtype=object),
         title=np.array([_CONTROL.sub(" ", title) for title in columns.get("title", nothing)], dtype=object),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from torchrec_em3.datasets.ids import check_distinct
 from torchrec_em3.datasets.parquet_table import ParquetTable
 from torchrec_em3.datasets.picture_download import local_pictures
 from torchrec_em3.datasets.plain_text import plain_text
@@ -143,14 +144,6 @@ def _read_features(table: ParquetTable) -> Mapping[str, Mapping[str, str]]:
 
 
 def _distinct_ids(table: ParquetTable, name: str) -> list[str]:
-    ids = table.ids(name).to_pylist()
-    row_of: dict[str, int] = {}
-    for row, value in enumerate(ids):
-        if not value:
-            raise DataError(f"{table.place} row {row}: {name} is {'null' if value is None else 'empty'}")
-        if value in row_of:
-            raise DataError(
-                f"{table.place} row {row}: {name} '{value}' stands in row {row_of[value]} already; keep one"
-            )
-        row_of[value] = row
+    ids: list[str] = table.ids(name).to_pylist()
+    check_distinct(ids, table.place, name, first_row=0)
     return ids

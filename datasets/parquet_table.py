@@ -15,14 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pa_dataset
 
+from torchrec_em3.datasets.ids import ID_TYPE
 from torchrec_em3.errors import DataError
 from torchrec_em3.registry import closest
 
 __all__ = ["ParquetTable"]
 
 Read = TypeVar("Read")
-
-_IDS = pa.dictionary(pa.int32(), pa.string())
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class ParquetTable:
         kind = _plain(self._type(name))
         self._expect(name, _is_text(kind) or pa.types.is_integer(kind), "a string or an integer")
         encoded = [_as_strings(chunk) for chunk in self._chunks(name)]
-        return pa.chunked_array(encoded, _IDS).unify_dictionaries().combine_chunks()
+        return pa.chunked_array(encoded, ID_TYPE).unify_dictionaries().combine_chunks()
 
     def seconds(self, name: str) -> np.ndarray:
         """Return a column of times as seconds since 1970, int64 [R]; a time without a zone is taken for UTC."""

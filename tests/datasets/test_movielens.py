@@ -209,7 +209,7 @@ FAULTS = [
     ("csv", edit(CSV, "1,10,5,978300760", '1,10,5,"978300760'), r"ratings\.csv"),
     ("csv", edit("movies.csv", "20,", "10,"), r"movies\.csv row 3: item_id '10' stands in row 2 already"),
     ("csv", edit("movies.csv", "Never", "N\xffver"), r"movies\.csv row 5: title is .*, which is not UTF-8 text"),
-    ("ml-1m", edit("users.dat", "2::M", "1::M"), r"users\.dat row 2: user_id '1' stands in an earlier row already"),
+    ("ml-1m", edit("users.dat", "2::M", "1::M"), r"users\.dat row 2: user_id '1' stands in row 1 already"),
     ("ml-1m", edit("users.dat", "::45::", "::old::"), r"users\.dat row 2: age is 'old', which is not a whole number"),
     ("ml-100k", edit("u.item", "|01-Jan-1995", ""), r"u\.item row 1: 23 fields, expected 24"),
     ("recbole", edit("ml-100k.inter", "rating:float", "stars:float"), r"ml-100k\.inter row 1: no column 'rating'"),
