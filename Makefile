@@ -36,6 +36,7 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check $(SOURCES)
 	rm -rf $(TYPING) && mkdir -p $(TYPING)/torchrec_em3
 	@ln -s $(addprefix $(CURDIR)/,$(wildcard torchrec_em3/*) components datasets torchx_specs) $(TYPING)/torchrec_em3/
+	@ln -s $(CURDIR)/benchmarks $(TYPING)/
 	cd $(TYPING) && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml
 
 # In an environment of its own, which needs none of what training needs.

@@ -55,8 +55,8 @@ def main(
         if not Path(data).is_dir():
             run_em3(Path(data + ".log"), "prepare", *arguments)
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(cells), unit="row") as bar:
-        for _ in pool.map(lambda cell: (matrix.run(*cell), bar.update()), cells):
-            pass
+        for _ in pool.map(lambda cell: matrix.run(*cell), cells):
+            bar.update()
 
 
 def _name(dataset: DataSet, split: str, row: Row) -> str:

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def main(
         trained.sharded.module.eval()
         request, batch = make_request(trained.data, candidates, history)
         print(f"{scorer.config.version}, {candidates} candidates, history {history}, one thread")
-        ways = {
+        ways: dict[str, Callable[[], Any]] = {
             "training forward": torch.no_grad()(lambda: trained.sharded.module(batch)[1].logit.numpy()),
             "package": lambda: scorer.logits([request])[0],
         }
@@ -103,15 +104,20 @@ def main(
     for size in (10, candidates):
         part = Request(request.user, request.history, request.candidates[:size])
         print(f"\n{BATCHED} requests of {size} candidates")
-        ways = {
-            "one by one": lambda part=part: [scorer.logits([part]) for _ in range(BATCHED)],
-            "together": lambda part=part: scorer.logits([part] * BATCHED),
+        together: dict[str, Callable[[], Any]] = {
+            "one by one": partial(_one_by_one, scorer, part),
+            "together": partial(scorer.logits, [part] * BATCHED),
         }
-        show(take_turns(ways, repeats))
+        show(take_turns(together, repeats))
     with service(package, concurrency) as process:
         measure_http(request, process, clients, seconds)
         print(f"\nfuzz: {fuzz} requests; answers by status: {dict(sorted(send_fuzz(fuzz).items()))}")
         print(f"memory after fuzz {process.memory_info().rss / 2**20:.0f} MiB, running: {process.is_running()}")
+
+
+def _one_by_one(scorer: Scorer, request: Request) -> None:
+    for _ in range(BATCHED):
+        scorer.logits([request])
 
 
 def longest_wait(way: Callable[[], Any]) -> float:

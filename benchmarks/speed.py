@@ -145,13 +145,18 @@ def _in_words(found: Mapping[str, float]) -> str:
     return f"{found['VmHWM']:,.0f} MiB (at the end {found['RssAnon']:,.0f} private, {found['RssFile']:,.0f} of files)"
 
 
+def _read(batches: Iterator[Batch], count: int) -> int:
+    """Take batches; return their rows."""
+    return sum(len(batch) for batch in itertools.islice(batches, count))
+
+
 def loader_alone(bench: Bench) -> Iterator[Row]:
     """Row 6: how much faster the loader is than what it feeds."""
     for source, path in bench.sources():
         training = Training(bench.models(path, bench.sizes.histories[0])["ID-only"], bench.ranks)
         batches = endless_batches(training.config, training.data)
         works: dict[str, Callable[[], int]] = {
-            "loader": lambda batches=batches: sum(len(batch) for batch in itertools.islice(batches, LOADER_BATCHES)),
+            "loader": partial(_read, batches, LOADER_BATCHES),
             "training ID-only": partial(training.run, bench.sizes.steps),
         }
         training.run(WARM_UP_STEPS)

@@ -51,7 +51,9 @@ def main(
     prepared = open_data(Config(data=data, model=ModelConfig(content="none")))
     kinds = {"hashed": {"ids": "hashed"}}
     kinds |= {f"managed, {name}": {"ids": "managed", "eviction": name} for name in policies}
-    cells = [("fixed", 1.0, {})] + [(kind, share, spec) for share in shares for kind, spec in kinds.items()]
+    cells: list[tuple[str, float, dict[str, str]]] = [("fixed", 1.0, {})] + [
+        (kind, share, spec) for share in shares for kind, spec in kinds.items()
+    ]
     lines = []
     for kind, share, spec in tqdm(cells, unit="table"):
         rows = {

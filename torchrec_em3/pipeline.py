@@ -88,5 +88,5 @@ class CheckedPipeline(TrainPipelineBase[PendingBatch, Output]):
             self._saver.wait()
             raise CheckpointError("a checkpoint could not be written on another rank; earlier ones are kept")
         fault_point("backward")
-        losses.backward()  # type: ignore[no-untyped-call]
+        losses.backward()
         fault_point("optimizer")

@@ -79,5 +79,5 @@ class _SymmetricProduct(torch.autograd.Function):
 
 def propagate(graph: Tensor, rows_ND: Tensor) -> Tensor:
     """Return graph @ rows_ND for a symmetric, constant graph; about the cost of one sparse product each way."""
-    product: Tensor = _SymmetricProduct.apply(graph, rows_ND)
+    product: Tensor = _SymmetricProduct.apply(graph, rows_ND)  # type: ignore[no-untyped-call]
     return product

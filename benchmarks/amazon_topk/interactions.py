@@ -52,7 +52,7 @@ class Interactions:
     def fingerprint(self) -> str:
         """Return a short hash of the interactions and their split, for the records."""
         table = np.stack([self.user, self.item, self.part])
-        return hashlib.sha256(np.ascontiguousarray(table[:, np.lexsort(table)])).hexdigest()[:12]
+        return hashlib.sha256(table[:, np.lexsort(table)].tobytes()).hexdigest()[:12]
 
 
 def split_at_random(lengths: Ids, seed: int) -> Ids:

@@ -101,8 +101,8 @@ def _section(name: str, rows: list[dict[str, Any]]) -> str:
         "|---|---|" + "---|" * (len(METRICS) + 5),
         *_own_rows(name, rows),
     ]
-    for model, values in PUBLISHED.get(name, {}).items():
-        figures = " | ".join(f"*{value:.4f}*" for value in values)
+    for model, published in PUBLISHED.get(name, {}).items():
+        figures = " | ".join(f"*{value:.4f}*" for value in published)
         lines.append(f"| *authors' logs, other features* | *{model}* | *1* | {figures} | | | | |")
     lines += ["", "Settings, seeds aside:\n", *_settings(rows), ""]
     return "\n".join(lines)

@@ -69,10 +69,12 @@ def fit(
     torch.manual_seed(seed)
     started = time.process_time()
     model = Recommender(options, data, features)
-    tables = {"params": [model.rows.weight]}
     others = [parameter for parameter in model.parameters() if parameter is not model.rows.weight]
-    content = {"params": others, "lr": training.content_learning_rate}
-    optimizer = torch.optim.Adam([tables, content], lr=training.learning_rate, fused=True)
+    groups: list[dict[str, Any]] = [
+        {"params": [model.rows.weight]},
+        {"params": others, "lr": training.content_learning_rate},
+    ]
+    optimizer = torch.optim.Adam(groups, lr=training.learning_rate, fused=True)
     looked_at = _validation_users(data, training.validation_users)
     best: dict[str, float] = {}
     state, best_epoch = copy.deepcopy(model.state_dict()), 0

@@ -60,8 +60,8 @@ class _RowData(PreparedData):
     def user_features(self) -> np.ndarray:
         return np.zeros((self.user_rows, 0), dtype=np.int32)
 
-    def split_rows(self, split: Split) -> dict[str, np.ndarray]:
-        assert split == "train"
+    def split_rows(self, split: Split, first: int = 0, end: int | None = None) -> dict[str, np.ndarray]:
+        assert (split, first, end) == ("train", 0, None)
         rows = self.rows
         return {
             "user": rows.user.astype(np.int32),

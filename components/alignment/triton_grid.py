@@ -127,7 +127,7 @@ class TritonGrid:
         """Call the kernel for these rows and columns; every argument by its name."""
         meeting = _Meeting.of(rows.item_N, columns.item_N)
         vectors = [side.vector_ND.contiguous() for side in (rows, columns)]
-        with torch.cuda.device_of(vectors[0]):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(vectors[0]):
             tuned(kernel, vectors[0].dtype, _span(rows))[programs](
                 row_vectors=vectors[0],
                 column_vectors=vectors[1],
