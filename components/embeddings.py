@@ -57,14 +57,14 @@ class UserIdEmbedding(nn.Module):
 
 
 class UserEmbedding(nn.Module):
-    """Pooled embeddings of the user and the side features."""
+    """Pooled embeddings of the user, the side features and the sparse features of the event."""
 
     def __init__(self, schema: FeatureSchema, dim: int, device: torch.device, precision: Precision = "fp32") -> None:
-        """Create one table of width `dim` for each user feature on `device` (meta until the tables are sharded)."""
+        """Create one table of width `dim` for each feature on `device` (meta until the tables are sharded)."""
         super().__init__()
-        self.names = [feature.name for feature in schema.user_features]
+        self.names = [feature.name for feature in schema.pooled_features]
         self._ids = schema.user_ids
-        rows = {feature.name: feature.rows for feature in schema.user_features}
+        rows = {feature.name: feature.rows for feature in schema.pooled_features}
         self.by_id: UserIdEmbedding | None = None
         if self._ids.kind == "managed":
             self.by_id = UserIdEmbedding(schema, dim, device, precision)
@@ -90,7 +90,7 @@ class UserEmbedding(nn.Module):
         )
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:
-        """Return the embedding [B, D] of each user feature, by name; the keys must be the schema's."""
+        """Return the embedding [B, D] of each feature, by name; the keys must be the schema's."""
         return self.answer(self.ask(features))
 
     def ask(self, features: KeyedJaggedTensor) -> Lookup | JoinedLookup:

@@ -92,13 +92,14 @@ def check_raw(raw: RawDataset, *, events_checked: bool = False) -> None:
     _check_items(raw, source)
     _check_feature_names("user", raw.user_features, _RESERVED, source)
     _check_feature_names("dense", raw.dense, _RESERVED | raw.user_features.keys(), source)
+    _check_feature_names("sparse", raw.sparse, _RESERVED | raw.user_features.keys() | raw.dense.keys(), source)
     for name in raw.codes:
         if not _PLAIN_NAME.fullmatch(name) or name in ("text", "image"):
             raise DataError(
                 f"{source}: codes '{name}' need another name: small letters, digits and '_', neither text nor image"
             )
     _check_labels(raw, source)
-    _check_dense(raw, source)
+    _check_event_features(raw, source)
     if raw.probability is not None:
         if raw.probability.shape != raw.rating.shape:
             shape = list(raw.probability.shape)
@@ -131,7 +132,7 @@ def _check_feature_names(kind: str, names: Iterable[str], taken: Set[str], sourc
             )
 
 
-def _check_dense(raw: RawDataset, source: str) -> None:
+def _check_event_features(raw: RawDataset, source: str) -> None:
     for name, value in raw.dense.items():
         if value.shape != raw.rating.shape or value.dtype.kind != "f":
             found = f"{value.dtype} {list(value.shape)}"
@@ -140,6 +141,10 @@ def _check_dense(raw: RawDataset, source: str) -> None:
         if bad.any():
             row = int(np.argmax(bad))
             raise DataError(f"{source} row {row}: dense['{name}'] is {value[row]}, must be finite, or NaN if unknown")
+    for name, ids in raw.sparse.items():
+        if len(ids) != len(raw.rating) or not _has_kind(ids, "str"):
+            kind = ids.type if isinstance(ids, pa.DictionaryArray) else ids.dtype
+            raise DataError(f"{source}: sparse['{name}'] is {kind} [{len(ids)}], expected str [{len(raw.rating)}]")
 
 
 def _check_labels(raw: RawDataset, source: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from torchrec_em3.datasets import splits
-from torchrec_em3.datasets.dense import dense_column
+from torchrec_em3.datasets.event_features import dense_column, index_sparse, sparse_column
 from torchrec_em3.datasets.ids import Ids, arrow_strings, count_codes, encode_ids, look_up
 from torchrec_em3.datasets.labels import make_labels, task_thresholds
 from torchrec_em3.datasets.negatives import Negatives, sample_negatives
@@ -57,18 +57,20 @@ class Histories:
 class IndexedDataset:
     """A data set in numbers. Events are in global time order: by timestamp, then user row, then original order.
 
-    A sampled negative is a row behind its positive, with that one's user, timestamp, history, dense features and split,
-    and labels 0.
+    A sampled negative is a row behind its positive, with that one's user, timestamp, history, features and split, and
+    labels 0.
 
     Attributes:
         users: User rows.
         items: Catalogue rows.
         catalogue: For each item row from 1 on, the position of the item in the raw catalogue, int64 [I - 1].
         events: Columns `user`, `item`, `label`, `rating`, `timestamp`, `history_end`, `split`; `label_<task>` of each
-            task but the main one; `dense_<name>` of each dense feature; `probability` if known.
+            task but the main one; `dense_<name>` and `sparse_<name>` (rows of its vocabulary) of each feature;
+            `probability` if known.
         histories: Histories of all users.
         time_cuts: First timestamp of validation and of test, or None where the split knows no global cut.
         tasks: Smallest positive rating by task, the main one first; None where the labels were given.
+        vocabularies: Values of each sparse feature of the events by row; row 0 is "unknown".
     """
 
     users: Rows
@@ -78,6 +80,7 @@ class IndexedDataset:
     histories: Histories
     time_cuts: tuple[int, int] | None
     tasks: dict[str, float | None]
+    vocabularies: dict[str, list[str]]
 
 
 def index_dataset(
@@ -124,10 +127,12 @@ def index_dataset(
 
     num_given = len(user_code)
     again = drawn.positive
+    indexed = {name: index_sparse(values, train) for name, values in raw.sparse.items()}
     columns = {
         "user": _append(look_up(user_row.astype(np.int32), user_code), user_row[user_code[again]]),
         "item": _append(look_up(item_row.astype(np.int32), item_code), item_row[drawn.item]),
         **_measured(raw, label, again),
+        **{sparse_column(name): _append(row, row[again]) for name, (_, row) in indexed.items()},
     }
     del user_code, item_code
     order = np.lexsort((columns["user"], columns["timestamp"]))
@@ -145,7 +150,8 @@ def index_dataset(
     columns["split"] = _append(split_E, split_E[again])
     if raw.probability is not None:
         columns["probability"] = raw.probability.astype(np.float32, copy=False)
-    return IndexedDataset(users, items, catalogue, OrderedEvents(columns, order), histories, cuts, tasks)
+    vocabularies = {name: values for name, (values, _) in indexed.items()}
+    return IndexedDataset(users, items, catalogue, OrderedEvents(columns, order), histories, cuts, tasks, vocabularies)
 
 
 def _measured(raw: RawDataset, label: Mapping[str, np.ndarray], positive: np.ndarray) -> dict[str, np.ndarray]:

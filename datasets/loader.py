@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_em3.batch import HISTORY, TARGET, Batch
-from torchrec_em3.datasets.dense import dense_column
+from torchrec_em3.datasets.event_features import dense_column
 from torchrec_em3.datasets.prepared import PreparedData, Split
 from torchrec_em3.datasets.raw_ids import user_ids
 from torchrec_em3.datasets.recent_events import ShardRows
@@ -84,14 +84,16 @@ class BatchStream(IterableDataset[Batch]):
         else:
             columns = data.split_rows(split)
             self._num_rows = len(columns["user"])
-        self._columns = {name: columns[name] for name in ("user", "item", "history_end")}
+        self._of_event = [*data.sparse_columns, "item"]
+        self._columns = {name: columns[name] for name in ("user", "history_end", *self._of_event)}
         labels = [columns[name] for name in data.label_columns]
         # [R] where there is one task, else [R, K].
         self._labels = labels[0] if len(labels) == 1 else np.stack(labels, axis=1)
         self._dense_RF = np.empty((len(columns["user"]), len(data.dense_features)), dtype=np.float32)
         for place, feature in enumerate(data.dense_features):
             self._dense_RF[:, place] = feature.standardise(columns[dense_column(feature.name)])
-        self._keys = [*data.user_feature_names, TARGET, HISTORY]
+        sparse = [feature.name for feature in data.sparse_features]
+        self._keys = [*data.user_feature_names, *sparse, TARGET, HISTORY]
         self.seek(0)
         self._check_size(data)
 
@@ -158,8 +160,9 @@ class BatchStream(IterableDataset[Batch]):
     def _collate(self, row_B: np.ndarray, weight_B: np.ndarray) -> Batch:
         user_B = self._columns["user"][row_B]
         history_N, length_B = self._histories(user_B, self._columns["history_end"][row_B])
+        of_event = [self._columns[name][row_B] for name in self._of_event]
         values = np.concatenate(
-            [self._user_id[user_B], self._user_features[user_B].T.reshape(-1), self._columns["item"][row_B], history_N]
+            [self._user_id[user_B], self._user_features[user_B].T.reshape(-1), *of_event, history_N]
         )
         ones = np.ones(len(row_B) * (len(self._keys) - 1), dtype=np.int64)
         return Batch(

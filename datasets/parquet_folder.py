@@ -25,7 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 def read_parquet_folder(
-    source: Path, tasks: Sequence[str] = (), images: Path | None = None, dense: Sequence[str] = ()
+    source: Path,
+    tasks: Sequence[str] = (),
+    images: Path | None = None,
+    dense: Sequence[str] = (),
+    sparse: Sequence[str] = (),
 ) -> RawDataset:
     """Read the tables `events` and `items` of a folder, and `users` if it is there.
 
@@ -36,6 +40,7 @@ def read_parquet_folder(
         images: Folder with the pictures that the items' column `image` names or, without that column, that are called
             `<item_id>.jpg` (.jpeg, .png, .webp); `images/` in `source` if not given.
         dense: Columns of the events that hold numbers to rank by, null where unknown.
+        sparse: Columns of the events that hold categories to rank by, likewise.
 
     Returns:
         The data set. Items that only events name have no content; a warning counts them.
@@ -43,18 +48,19 @@ def read_parquet_folder(
     Raises:
         DataError: With table, column and row, if a table is missing or damaged, lacks a column, has one of a type that
             does not suit, or null where a value must be.
-        ConfigError: If a task or a dense feature is named twice, or a dense feature is what shall be predicted.
+        ConfigError: If a task or a feature is named twice, or a feature is what shall be predicted.
     """
-    for option, columns in (("tasks", tasks), ("dense", dense)):
+    for option, columns in (("tasks", tasks), ("dense", dense), ("sparse", sparse)):
         if len(set(columns)) < len(columns):
             raise ConfigError(f"--{option} {','.join(columns)} names a column twice")
     if images is not None and not images.is_dir():
         raise DataError(f"{images}: not a folder; give the folder that holds the pictures")
     events, users = _required(source, "events"), ParquetTable.find(source, "users")
     labels = {name: events.label(name) for name in tasks or _only_label(events)}
-    for name in dense:
-        if name in (labels or (_RATING,)):
-            raise ConfigError(f"--dense names '{name}', which is what shall be predicted; leave it out")
+    for option, columns in (("dense", dense), ("sparse", sparse)):
+        for name in columns:
+            if name in (labels or (_RATING,)):
+                raise ConfigError(f"--{option} names '{name}', which is what shall be predicted; leave it out")
     item_id = events.ids("item_id")
     root = source / "images" if images is None else images
     raw = RawDataset(
@@ -68,6 +74,7 @@ def read_parquet_folder(
         user_features={} if users is None else _read_features(users),
         labels=labels,
         dense={name: events.numbers(name, nullable=True) for name in dense},
+        sparse={name: events.categories(name) for name in sparse},
     )
     logger.info("%s: %d events", events.place, len(raw.rating))
     return raw

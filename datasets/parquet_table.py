@@ -56,14 +56,17 @@ class ParquetTable:
         return list(self.data.schema.names)
 
     def ids(self, name: str) -> pa.DictionaryArray:
-        """Return a column of strings or integers as distinct strings and int32 positions; nulls stay.
-
-        Parts are encoded one by one, so that the strings of all rows are never there at once.
-        """
+        """Return a column of strings or integers as distinct strings and int32 positions; nulls stay."""
         kind = _plain(self._type(name))
         self._expect(name, _is_text(kind) or pa.types.is_integer(kind), "a string or an integer")
-        encoded = [_as_strings(chunk) for chunk in self._chunks(name)]
-        return pa.chunked_array(encoded, ID_TYPE).unify_dictionaries().combine_chunks()
+        return self._encoded(name)
+
+    def categories(self, name: str) -> pa.DictionaryArray:
+        """Return a column of strings, integers or truth values in the same form."""
+        kind = _plain(self._type(name))
+        suits = _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+        self._expect(name, suits, "a string, an integer or a truth value")
+        return self._encoded(name)
 
     def seconds(self, name: str) -> np.ndarray:
         """Return a column of times as seconds since 1970, int64 [R]; a time without a zone is taken for UTC."""
@@ -110,6 +113,11 @@ class ParquetTable:
     def _expect(self, name: str, suits: bool, wanted: str) -> None:
         if not suits:
             raise DataError(f"{self.place}: {name} is of type {self._type(name)}, expected {wanted}")
+
+    def _encoded(self, name: str) -> pa.DictionaryArray:
+        """Encode parts one by one, so that the strings of all rows are never there at once."""
+        encoded = [_as_strings(chunk) for chunk in self._chunks(name)]
+        return pa.chunked_array(encoded, ID_TYPE).unify_dictionaries().combine_chunks()
 
     def _chunks(self, name: str) -> list[pa.Array]:
         return _guarded(self.place, lambda: [batch.column(0) for batch in self.data.to_batches(columns=[name])])

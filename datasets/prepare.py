@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from torchrec_em3 import __version__
 from torchrec_em3.components.encoders.cut import check_cut
@@ -21,12 +20,13 @@ from torchrec_em3.components.interfaces import TokenEncoder
 from torchrec_em3.datasets import splits
 from torchrec_em3.datasets.checks import check_raw, check_task_names
 from torchrec_em3.datasets.codes import write_codes
-from torchrec_em3.datasets.dense import measure_dense
+from torchrec_em3.datasets.event_features import measure_dense
 from torchrec_em3.datasets.ids import count_codes, to_dictionary
 from torchrec_em3.datasets.indexing import IndexedDataset, index_dataset
 from torchrec_em3.datasets.negatives import check_sampling
-from torchrec_em3.datasets.ordered_events import ROW_GROUP_ROWS, write_events
+from torchrec_em3.datasets.ordered_events import write_events
 from torchrec_em3.datasets.prepared import FORMAT_VERSION, hash_content
+from torchrec_em3.datasets.prepared_tables import write_items, write_users, write_vocabularies
 from torchrec_em3.datasets.raw import RawDataset
 from torchrec_em3.datasets.token_reduction import reduce_tokens
 from torchrec_em3.datasets.tokens import write_tokens
@@ -148,12 +148,13 @@ def prepare(raw: RawDataset, out: Path, options: PrepareOptions) -> dict[str, An
     with _renamed_when_complete(out) as folder:
         write_events(folder / "interactions", indexed.events, options.max_part_rows)
         _write_histories(folder / "history", indexed)
-        features = _write_users(folder, raw, indexed)
-        table = _write_items(folder, raw, indexed)
+        features = write_users(folder, raw, indexed)
+        sparse = write_vocabularies(folder, indexed.vocabularies)
+        table = write_items(folder, raw, indexed)
         modalities = _write_tokens(folder, raw, table, encoders, options)
         raw_ids = indexed.items.raw_id.tolist()
         codes = {name: write_codes(folder / "codes" / name, given, raw_ids) for name, given in raw.codes.items()}
-        meta = _describe(raw, indexed, options, features, modalities) | {"codes": codes}
+        meta = _describe(raw, indexed, options, features, modalities) | {"sparse": sparse, "codes": codes}
         meta["content_hash"] = hash_content(folder)
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     logger.info("%s: %s", out, ", ".join(f"{count} {name}" for name, count in meta["counts"].items()))
@@ -220,44 +221,10 @@ def _build_encoders(options: PrepareOptions) -> dict[str, tuple[str, TokenEncode
     return encoders
 
 
-def _write_table(path: Path, columns: Mapping[str, Any]) -> pa.Table:
-    table = pa.table(dict(columns))
-    pq.write_table(table, path, compression="zstd", write_page_checksum=True, row_group_size=ROW_GROUP_ROWS)
-    return table
-
-
 def _write_histories(folder: Path, indexed: IndexedDataset) -> None:
     folder.mkdir()
     np.save(folder / "offsets.npy", indexed.histories.offsets)
     np.save(folder / "items.npy", indexed.histories.items)
-
-
-def _write_users(folder: Path, raw: RawDataset, indexed: IndexedDataset) -> list[dict[str, Any]]:
-    """Write users.parquet and the vocabularies; return the table rows that each user feature needs."""
-    (folder / "vocab").mkdir()
-    users = indexed.users
-    columns: dict[str, Any] = {"raw_id": users.raw_id, "train_count": users.train_count}
-    features = [{"name": "user", "rows": users.known + 1}]
-    for name, value_of in raw.user_features.items():
-        values = [value_of.get(raw_id, "") for raw_id in users.raw_id.tolist()]
-        # A value that no training user has would be an untrained row, so it is unknown.
-        vocabulary = ["", *sorted(set(values[1 : users.known + 1]) - {""})]
-        row_of = {value: row for row, value in enumerate(vocabulary)}
-        columns[name] = np.array([row_of.get(value, 0) for value in values], dtype=np.int32)
-        rows = np.arange(len(vocabulary), dtype=np.int32)
-        _write_table(folder / "vocab" / f"{name}.parquet", {"row": rows, "value": vocabulary})
-        features.append({"name": name, "rows": len(vocabulary)})
-    _write_table(folder / "users.parquet", columns)
-    return features
-
-
-def _write_items(folder: Path, raw: RawDataset, indexed: IndexedDataset) -> pa.Table:
-    items, position = indexed.items, indexed.catalogue
-    columns: dict[str, Any] = {"raw_id": items.raw_id}
-    for name in ("title", "text", "image", "category"):
-        columns[name] = pa.array(["", *getattr(raw.items, name)[position].tolist()], type=pa.string())
-    columns["train_count"] = items.train_count
-    return _write_table(folder / "items.parquet", columns)
 
 
 def _write_tokens(

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from torchrec_em3.datasets.checked_parquet import check_table, read_parquet, read_split
-from torchrec_em3.datasets.dense import dense_column
+from torchrec_em3.datasets.event_features import dense_column, sparse_column
 from torchrec_em3.datasets.labels import DEFAULT_TASK, task_columns
 from torchrec_em3.datasets.splits import TEST, TRAIN, VALIDATION
 from torchrec_em3.errors import DataError
-from torchrec_em3.schema import DenseFeature
+from torchrec_em3.schema import DenseFeature, SparseFeature
 
 __all__ = ["FORMAT_VERSION", "PreparedData", "Split", "hash_content"]
 
@@ -102,6 +102,11 @@ class PreparedData:
         return [feature["name"] for feature in self.meta["user_features"]]
 
     @property
+    def sparse_features(self) -> list[SparseFeature]:
+        """The sparse features of the events; folders of earlier versions have none."""
+        return [SparseFeature(**feature) for feature in self.meta.get("sparse", ())]
+
+    @property
     def dense_features(self) -> list[DenseFeature]:
         """The dense features, in the order of the columns of `Batch.dense`; folders of earlier versions have none."""
         return [DenseFeature(**feature) for feature in self.meta.get("dense", ())]
@@ -110,6 +115,11 @@ class PreparedData:
     def dense_columns(self) -> list[str]:
         """The columns of `split_rows` that hold the dense features, in their order."""
         return [dense_column(feature.name) for feature in self.dense_features]
+
+    @property
+    def sparse_columns(self) -> list[str]:
+        """The columns of `split_rows` that hold the sparse features of the events, in their order."""
+        return [sparse_column(feature.name) for feature in self.sparse_features]
 
     @property
     def tasks(self) -> list[str]:
@@ -182,9 +192,9 @@ class PreparedData:
             end: Row of the split to end before; all that follow if None.
 
         Returns:
-            user, item (int32 rows), label and `label_<task>` of each task but the main one (int8), rating and
-            `dense_<name>` of each dense feature (float32, NaN where unknown), timestamp, history_end (int64) and, in
-            simulated data, probability (float32), all of one length.
+            user, item and `sparse_<name>` of each sparse feature (int32 rows); label and `label_<task>` of each task
+            but the main one (int8); rating and `dense_<name>` of each dense feature (float32, NaN where unknown);
+            timestamp, history_end (int64) and, in simulated data, probability (float32); all of one length.
 
         Raises:
             DataError: If a file is damaged (each page has a checksum), or times decrease or values are out of range;
@@ -205,7 +215,7 @@ class PreparedData:
         return columns
 
     def vocabulary(self, feature: str) -> list[str]:
-        """Return the values of a user side feature by row; row 0 is unknown."""
+        """Return the values of a side feature of users or a sparse feature of events by row; row 0 is unknown."""
         values: list[str] = read_parquet(self.folder / "vocab" / f"{feature}.parquet", lambda f: f.read())[
             "value"
         ].to_pylist()
@@ -229,16 +239,16 @@ class PreparedData:
 
     def _event_types(self) -> Mapping[str, pa.DataType]:
         labels = dict.fromkeys(self.label_columns, pa.int8())
-        dense = dict.fromkeys(self.dense_columns, pa.float32())
+        features = dict.fromkeys(self.dense_columns, pa.float32()) | dict.fromkeys(self.sparse_columns, pa.int32())
         probability = {"probability": pa.float32()} if self.meta["simulated"] else {}
-        return {**_EVENT_TYPES, **labels, **dense, **probability}
+        return {**_EVENT_TYPES, **labels, **features, **probability}
 
     def _check_tables(self) -> None:
         features = self.meta["user_features"][1:]
         users = {"raw_id": pa.string(), "train_count": pa.int64(), **{f["name"]: pa.int32() for f in features}}
         check_table(self.folder / "items.parquet", _ITEM_TYPES, self.item_rows)
         check_table(self.folder / "users.parquet", users, self.user_rows)
-        for feature in features:
+        for feature in [*features, *self.meta.get("sparse", ())]:
             path = self.folder / "vocab" / f"{feature['name']}.parquet"
             check_table(path, {"row": pa.int32(), "value": pa.string()}, feature["rows"])
         rows = sum(check_table(path, self._event_types()) for path in self._parts())
@@ -273,6 +283,9 @@ class PreparedData:
             _refuse(where, name, columns[name], 1, last)
         for name in self.label_columns:
             _refuse(where, name, columns[name], 0, 1)
+        for feature in self.sparse_features:
+            name = sparse_column(feature.name)
+            _refuse(where, name, columns[name], 0, feature.rows - 1)
         first, end = (self.history_offsets[columns["user"] + shift] for shift in (0, 1))
         _refuse(where, "history_end", columns["history_end"], first, end - 1)
 

@@ -63,6 +63,8 @@ class RawDataset:
             rating, such as click and like; empty if labels come from the rating.
         dense: Numbers of each event by name, floating point, NaN where unknown: what holds of the moment, such as the
             hour or the days since the last visit, and not of the item.
+        sparse: Categories of each event by name, likewise of the moment, such as the device, in the form of `user_id`;
+            "" or null where unknown.
         timed: False if only the order of each user's events is known, so that nothing compares two users' events.
     """
 
@@ -78,4 +80,5 @@ class RawDataset:
     codes: Mapping[str, RawCodes] = field(default_factory=dict)
     labels: Mapping[str, np.ndarray] = field(default_factory=dict)
     dense: Mapping[str, np.ndarray] = field(default_factory=dict)
+    sparse: Mapping[str, Ids] = field(default_factory=dict)
     timed: bool = True

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from torchrec_em3.datasets.indexing import build_histories
 from torchrec_em3.datasets.prepared import PreparedData, Split
-from torchrec_em3.schema import DenseFeature
+from torchrec_em3.schema import DenseFeature, SparseFeature
 
 __all__ = ["RecentEvents", "ShardRows"]
 
@@ -30,11 +30,13 @@ class ShardRows:
         user_feature_names: See `PreparedData`.
         label_columns: See `PreparedData`.
         dense_features: See `PreparedData`.
+        sparse_features: See `PreparedData`.
+        sparse_columns: See `PreparedData`.
         user_features: int32 [U, F]; users that came after the preparation have row 0, unknown, of each feature.
         history_offsets: int64 [U + 1].
         history_items: int32 [N + E], the remembered events and those of the shard.
-        columns: user, item (int32 rows), timestamp, history_end (int64), the labels (int8) and the dense features
-            (float32), in order of time.
+        columns: user, item (int32 rows), timestamp, history_end (int64), the labels (int8), the dense features
+            (float32) and the sparse ones (rows of their vocabularies), in order of time.
         first_seen: Whether no earlier event has the row's item, bool [E]; false where the catalogue lacks it.
     """
 
@@ -45,6 +47,8 @@ class ShardRows:
     user_feature_names: list[str]
     label_columns: list[str]
     dense_features: list[DenseFeature]
+    sparse_features: list[SparseFeature]
+    sparse_columns: list[str]
     user_features: np.ndarray
     history_offsets: np.ndarray
     history_items: np.ndarray
@@ -73,6 +77,10 @@ class RecentEvents:
         self._data, self._max_history = data, max_history
         self._items = data.items["raw_id"].combine_chunks()
         self._users = data.users["raw_id"].combine_chunks()
+        self._sparse_values = {
+            column: pa.array(data.vocabulary(feature.name), pa.string())
+            for feature, column in zip(data.sparse_features, data.sparse_columns, strict=True)
+        }
         self._offsets = np.zeros(data.user_rows + 1, dtype=np.int64)
         self._events = np.empty(0, dtype=np.int32)
         self._seen = data.item_train_count > 0
@@ -114,6 +122,7 @@ class RecentEvents:
             "timestamp": table["timestamp"].to_numpy(),
             "history_end": histories.end[len(remembered) :],
             **{name: table[name].to_numpy() for name in (*data.label_columns, *data.dense_columns)},
+            **{name: _rows(table[name], values) for name, values in self._sparse_values.items()},
         }
         return ShardRows(
             folder=data.folder,
@@ -123,6 +132,8 @@ class RecentEvents:
             user_feature_names=data.user_feature_names,
             label_columns=data.label_columns,
             dense_features=data.dense_features,
+            sparse_features=data.sparse_features,
+            sparse_columns=data.sparse_columns,
             user_features=np.concatenate([data.user_features, unknown]),
             history_offsets=histories.offsets,
             history_items=histories.items,

@@ -19,7 +19,7 @@ from torchrec_em3.datasets.labels import task_columns
 from torchrec_em3.datasets.prepared import PreparedData, Split
 from torchrec_em3.errors import ConfigError, DataError
 
-__all__ = ["END_FILE", "list_shards", "read_shard", "split_into_shards", "write_shard"]
+__all__ = ["END_FILE", "feature_types", "list_shards", "read_shard", "split_into_shards", "write_shard"]
 
 END_FILE = "_END"
 """A file of this name says that no shard will follow those in the folder."""
@@ -36,24 +36,30 @@ def list_shards(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.parquet") if not path.name.startswith((".", "_")))
 
 
-def read_shard(path: Path, tasks: Sequence[str], dense_columns: Sequence[str] = ()) -> pa.Table:
+def feature_types(data: PreparedData) -> dict[str, pa.DataType]:
+    """Return the type of each column of a shard that holds a feature of the events of a prepared folder."""
+    return dict.fromkeys(data.dense_columns, pa.float32()) | dict.fromkeys(data.sparse_columns, pa.string())
+
+
+def read_shard(path: Path, tasks: Sequence[str], features: Mapping[str, pa.DataType] | None = None) -> pa.Table:
     """Read a whole shard and check it.
 
     Args:
         path: The file.
         tasks: Names of the tasks, the main one first.
-        dense_columns: Columns of the dense features.
+        features: What `feature_types` returns, if there are any.
 
     Returns:
         user_id, item_id (string), timestamp (int64), `label` and `label_<task>` of each task but the main one (int8),
-        the dense features (float32, null or NaN where unknown), in order of time, at least one row.
+        the features (null where unknown, or NaN or "" by their type), in order of time, at least one row.
 
     Raises:
         DataError: If it is missing, truncated or damaged (each page has a checksum), lacks a column or has one of
             another type, holds no rows, a null or an empty id, a label that is neither 0 nor 1, an infinite dense
             feature, or times that decrease.
     """
-    types = _types(tasks, dense_columns)
+    features = features or {}
+    types = {**_types(tasks), **features}
     try:
         schema = pq.read_schema(path)
         for name, wanted in types.items():
@@ -65,7 +71,7 @@ def read_shard(path: Path, tasks: Sequence[str], dense_columns: Sequence[str] = 
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: truncated or damaged ({reason}); write the shard again and --resume") from error
-    _check_rows(path, table, task_columns("label", tasks), dense_columns)
+    _check_rows(path, table, task_columns("label", tasks), features)
     return table
 
 
@@ -106,6 +112,8 @@ def split_into_shards(data: PreparedData, split: Split, count: int, out: Path) -
         "timestamp": rows["timestamp"],
         **{name: rows[name] for name in (*data.label_columns, *data.dense_columns)},
     }
+    for feature, column in zip(data.sparse_features, data.sparse_columns, strict=True):
+        columns[column] = pa.array(data.vocabulary(feature.name), pa.string()).take(pa.array(rows[column]))
     paths = []
     for number, (start, end) in enumerate(zip(cuts, [*cuts[1:], len(rows["timestamp"])], strict=True)):
         paths.append(out / f"{number:05d}.parquet")
@@ -114,17 +122,16 @@ def split_into_shards(data: PreparedData, split: Split, count: int, out: Path) -
     return paths
 
 
-def _types(tasks: Sequence[str], dense_columns: Sequence[str]) -> dict[str, pa.DataType]:
+def _types(tasks: Sequence[str]) -> dict[str, pa.DataType]:
     ids = dict.fromkeys(("user_id", "item_id"), pa.string())
-    labels = dict.fromkeys(task_columns("label", tasks), pa.int8())
-    return {**ids, "timestamp": pa.int64(), **labels, **dict.fromkeys(dense_columns, pa.float32())}
+    return {**ids, "timestamp": pa.int64(), **dict.fromkeys(task_columns("label", tasks), pa.int8())}
 
 
-def _check_rows(path: Path, table: pa.Table, labels: Sequence[str], dense_columns: Sequence[str]) -> None:
+def _check_rows(path: Path, table: pa.Table, labels: Sequence[str], features: Mapping[str, pa.DataType]) -> None:
     if table.num_rows == 0:
         raise DataError(f"{path}: no rows; leave empty shards out")
     for name in table.column_names:
-        if table[name].null_count and name not in dense_columns:
+        if table[name].null_count and name not in features:
             row = pc.index(table[name].is_null(), value=True).as_py()
             raise DataError(f"{path} row {row}: {name} is null; write the shard again")
     for name in ("user_id", "item_id"):
@@ -136,8 +143,8 @@ def _check_rows(path: Path, table: pa.Table, labels: Sequence[str], dense_column
         bad = np.flatnonzero((values_E != 0) & (values_E != 1))
         if bad.size:
             raise DataError(f"{path} row {bad[0]}: {name} is {values_E[bad[0]]}, must be 0 or 1")
-    for name in dense_columns:
-        infinite = np.flatnonzero(np.isinf(table[name].to_numpy()))
+    for name, kind in features.items():
+        infinite = np.flatnonzero(np.isinf(table[name].to_numpy())) if pa.types.is_floating(kind) else np.empty(0)
         if infinite.size:
             raise DataError(f"{path} row {infinite[0]}: {name} is infinite, must be finite, or null if unknown")
     decreasing = np.flatnonzero(np.diff(table["timestamp"].to_numpy()) < 0)

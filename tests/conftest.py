@@ -27,6 +27,19 @@ def prepare_tiny(folder: Path, split: str = "temporal", two_tasks: bool = False)
     return folder / split
 
 
+def prepare_features(folder: Path) -> Path:
+    raw = simulate(SimulatedOptions(num_items=150, num_users=60, num_interactions=3000, seed=0), folder / "raw")
+    random = np.random.default_rng(0)
+    hint = 100.0 * raw.rating + random.normal(0.0, 60.0, len(raw.rating))
+    hint[::20] = np.nan
+    mood = np.where(random.random(len(hint)) < 0.8, np.where(raw.rating == 1, "good", "bad"), "")
+    device = np.array(["phone", "desk", "watch"])[random.integers(3, size=len(hint))]
+    dense, sparse = {"hint": hint, "noise": random.random(len(hint))}, {"mood": mood, "device": device}
+    options = PrepareOptions(text_encoder="tiny_text", image_encoder="none", label_threshold=None)
+    prepare(replace(raw, dense=dense, sparse=sparse), folder / "data", options)
+    return folder / "data"
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared folder: 60 users, 150 items, 3,000 events, split by time."""
@@ -43,3 +56,9 @@ def tiny_cold_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_tasks_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same events with two labels: the click, and a like, a click where one was likelier than usual."""
     return prepare_tiny(tmp_path_factory.mktemp("tiny_tasks"), two_tasks=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_features_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same events, with a number and a category that half give the label away, and noise of each kind."""
+    return prepare_features(tmp_path_factory.mktemp("tiny_features"))

@@ -46,8 +46,8 @@ class Batch(Pipelineable):
     """Rows to rank, aligned by position; raggedness is carried by lengths, never by padding.
 
     Attributes:
-        sparse: Keys are the user and side features, then `target` (one catalogue row each) and `history` (catalogue
-            rows, most recent last). Row 0 of every table is "unknown".
+        sparse: Keys are the user and side features, the sparse features of the event, then `target` (one catalogue row
+            each) and `history` (catalogue rows, most recent last). Row 0 of every table is "unknown".
         dense: Dense features [B, F], float32; F may be 0.
         label: 1.0 or 0.0, float32: [B] where there is one task, else [B, K] in the order of the data's tasks, the main
             one first. A ranker's logits have the same shape.

@@ -143,12 +143,12 @@ def _write_tensors(
 
 
 def _write_vocabularies(folder: Path, data: PreparedData) -> None:
-    """Write raw ids in the order of their rows, without row 0; and the values of the side features, by row."""
+    """Write raw ids in the order of their rows, without row 0; and the values of the categorical features, by row."""
     side_features = data.user_feature_names[1:]
     _write_table(data.items.select(["raw_id"]).slice(1), folder / ITEMS_FILE)
     _write_table(data.users.select(["raw_id", *side_features]).slice(1), folder / USERS_FILE)
     (folder / "vocab").mkdir()
-    for name in side_features:
+    for name in (*side_features, *(feature.name for feature in data.sparse_features)):
         _write_table(pa.table({"value": data.vocabulary(name)}), folder / vocabulary_file(name))
 
 
@@ -174,6 +174,7 @@ def _config(folder: Path, trained: TrainedRun, precision: Precision) -> PackageC
         content_history=model.content is not None and model.content.history is not None,
         codes=model.codes is not None,
         tasks=tuple(data.tasks),
+        sparse=tuple(feature.name for feature in data.sparse_features),
         dense=tuple(data.dense_features),
         origin=trained.origin,
     )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_em3.datasets.dense import dense_column
+from torchrec_em3.datasets.event_features import dense_column, sparse_column
 from torchrec_em3.datasets.prepared import PreparedData, Split
 from torchrec_em3.errors import NumericError
 from torchrec_em3.evaluate import Predictions, predict, refresh_bank
@@ -124,6 +124,10 @@ def split_requests(data: PreparedData, split: Split, max_history: int) -> Iterat
     columns = data.split_rows(split)
     items, users = (np.array(table["raw_id"].to_pylist(), dtype=object) for table in (data.items, data.users))
     dense = {feature.name: columns[dense_column(feature.name)] for feature in data.dense_features}
+    sparse = {
+        feature.name: np.array(data.vocabulary(feature.name), dtype=object)[columns[sparse_column(feature.name)]]
+        for feature in data.sparse_features
+    }
     first = np.maximum(data.history_offsets[columns["user"]], columns["history_end"] - max_history)
     for start in range(0, len(first), ROWS_AT_A_TIME):
         part = slice(start, start + ROWS_AT_A_TIME)
@@ -133,6 +137,7 @@ def split_requests(data: PreparedData, split: Split, max_history: int) -> Iterat
                 users[user],
                 items[data.history_items[begin:end]].tolist(),
                 [items[item]],
+                features={name: value[row] for name, value in sparse.items()},
                 dense={name: float(value[row]) for name, value in dense.items()},
             )
             for row, (user, item, begin, end) in enumerate(rows, start)

@@ -63,7 +63,7 @@ def id_tables(trained: TrainedRun, device: torch.device) -> IdTables:
     schema = FeatureSchema.from_meta(trained.data.meta)
     places: dict[str, Tensor] = {}
     item_N = torch.arange(schema.known_items + 1, device=device)
-    asked = {feature.name: torch.arange(feature.rows, device=device) for feature in schema.user_features}
+    asked = {feature.name: torch.arange(feature.rows, device=device) for feature in schema.pooled_features}
     if uses_raw_ids(options, ITEM_TABLE):
         item_X = torch.arange(schema.item_rows, device=device)
         first_N, places["item_rows"] = _distinct(model.items.table_rows(item_X))
@@ -85,7 +85,7 @@ def _distinct(row_X: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _user_tables(users: UserEmbedding, asked: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the rows of what is asked for of each user feature, by the name of its table."""
+    """Return the rows of what is asked for of each feature, by the name of its table."""
     parts: dict[str, list[Tensor]] = {name: [] for name in asked}
     longest = torch.arange(max(map(len, asked.values())), device=next(iter(asked.values())).device)
     for place_N in torch.split(longest, ROWS_AT_A_TIME):

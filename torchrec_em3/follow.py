@@ -17,7 +17,7 @@ from torchrec_em3.config import Config
 from torchrec_em3.datasets.loader import BatchStream, batch_loader
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.datasets.recent_events import RecentEvents, ShardRows
-from torchrec_em3.datasets.shards import END_FILE, list_shards, read_shard
+from torchrec_em3.datasets.shards import END_FILE, feature_types, list_shards, read_shard
 from torchrec_em3.errors import CheckpointError, DataError, Preempted
 from torchrec_em3.evaluate import predict, refresh_bank
 from torchrec_em3.faults import fault_point
@@ -167,7 +167,7 @@ class Follower:
     def _take(self, path: Path) -> None:
         """Measure a shard, unless that is done, and train on the rest of it."""
         progress = self.progress
-        table = read_shard(path, self._data.tasks, self._data.dense_columns)
+        table = read_shard(path, self._data.tasks, feature_types(self._data))
         self._check_place(path, table)
         if progress.epoch == 0:
             self._memory.start(before=table["timestamp"][0].as_py())

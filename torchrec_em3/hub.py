@@ -225,11 +225,13 @@ def _logits(model: EM3Model, trained: TrainedRun, ranks: Ranks) -> np.ndarray:
 
 
 def _schema(values: dict[str, Any]) -> FeatureSchema:
-    features = tuple(SparseFeature(**feature) for feature in values["user_features"])
+    features, sparse = (
+        tuple(SparseFeature(**feature) for feature in values.get(name, ())) for name in ("user_features", "sparse")
+    )
     modalities = tuple(ModalitySpec(**modality) for modality in values["modalities"])
     codes = tuple(CodeSpec(**code) for code in values["codes"])
     dense = tuple(DenseFeature(**feature) for feature in values.get("dense", ()))
     lists = {"user_features": features, "modalities": modalities, "codes": codes, "tasks": tuple(values["tasks"])}
     # A number of dense features, always 0, stood in the config before there were any.
     others = {name: value for name, value in values.items() if name != "num_dense"}
-    return FeatureSchema(**{**others, **lists, "dense": dense})
+    return FeatureSchema(**{**others, **lists, "sparse": sparse, "dense": dense})

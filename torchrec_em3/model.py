@@ -30,7 +30,7 @@ from torchrec_em3.registry import ALIGNMENTS
 from torchrec_em3.schema import FeatureSchema
 from torchrec_em3.tasks import build_ranker, task_weights
 
-__all__ = ["EM3Model", "Output", "user_block"]
+__all__ = ["EM3Model", "Output"]
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,9 @@ class EM3Model(nn.Module):
         self.attention = target_attention(width, options.attention_hidden)
         self.content: ContentPath | None = None
         self.alignment: Any = None
-        # A block for each user feature, so that a ranker can multiply it with what it knows of the item.
-        block_dims = {user_block(name): width for name in self.users.names} | {"target": width, "interest": width}
+        # A block for each feature, so that a ranker can multiply it with what it knows of the item.
+        self.feature_blocks = _feature_blocks(schema)
+        block_dims = dict.fromkeys([*self.feature_blocks.values(), "target", "interest"], width)
         if config.uses_content:
             assert store is not None, "a model with content needs a token store"
             self.content = ContentPath(schema, options, store, device, codes, encoders)
@@ -130,7 +131,7 @@ class EM3Model(nn.Module):
             self.step += 1
         ids = self.items.answer(pending.item_rows)
         target_BD = self._hide_ids(ids.target_UD[items.row_B], ids.unknown_D)
-        blocks = {user_block(name): user_BD for name, user_BD in self.users.answer(pending.user_rows).items()}
+        blocks = {self.feature_blocks[name]: user_BD for name, user_BD in self.users.answer(pending.user_rows).items()}
         blocks |= {
             "target": target_BD,
             "interest": self.attention(target_BD, HistoryItems(ids.history_VD), items.row_N, items.lengths_B),
@@ -195,6 +196,8 @@ class EM3Model(nn.Module):
         return (loss * weight).sum(0) / batch.weight.sum().clamp_min(1.0)
 
 
-def user_block(feature: str) -> str:
-    """Name the block of a user feature; no feature can take the name of another block."""
-    return feature if feature == "user" else f"user_{feature}"
+def _feature_blocks(schema: FeatureSchema) -> dict[str, str]:
+    """Name the block of each pooled feature; none can take the name of another block."""
+    names = [feature.name for feature in schema.user_features]
+    of_user = {name: name if name == "user" else f"user_{name}" for name in names}
+    return of_user | {feature.name: f"context_{feature.name}" for feature in schema.sparse}

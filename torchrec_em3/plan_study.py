@@ -196,7 +196,7 @@ def _levers(schema: FeatureSchema, config: Config, cluster: Cluster, *, has_bank
     levers: list[_Lever] = []
     if cluster.device == "cuda":
         cached = {"sharding": ["row_wise"], "kernels": ["fused_uvm_caching"], "cached_share": SMALL_CACHE}
-        tables = [f"{feature.name}_table" for feature in schema.user_features] + ["item_table"]
+        tables = [f"{feature.name}_table" for feature in schema.pooled_features] + ["item_table"]
         options = f"embeddings.tables: for each table row_wise, fused_uvm_caching, cached_share {SMALL_CACHE}"
         name = f"UVM caching, {100 * SMALL_CACHE:.0f}% of the rows on the device"
         levers.append((name, options, {"embeddings": {"tables": dict.fromkeys(tables, cached)}}))

@@ -14,7 +14,7 @@ __all__ = ["CodeSpec", "DenseFeature", "FeatureSchema", "IdSpec", "ModalitySpec"
 
 @dataclass(frozen=True)
 class SparseFeature:
-    """A categorical feature of a user: one table of `rows` rows, row 0 for unknown values."""
+    """A categorical feature of a user or an event: one table of `rows` rows, row 0 for unknown values."""
 
     name: str
     rows: int
@@ -79,12 +79,13 @@ class FeatureSchema:
     """Shapes of everything a batch refers to.
 
     Attributes:
-        user_features: Pooled features, in the order of the KeyedJaggedTensor's keys; the first is the user.
+        user_features: Pooled features of the user, in the order of the KeyedJaggedTensor's keys; the first is the user.
         item_rows: Rows of the catalogue, row 0 ("unknown") included.
         known_items: Items with training rows; they are catalogue rows 1..known_items and the only ones with an ID
             embedding.
         modalities: What the token store holds.
-        dense: Dense features, in the order of the columns of `Batch.dense`.
+        sparse: Pooled features of the event; their keys follow.
+        dense: Dense features of the event, in the order of the columns of `Batch.dense`.
         codes: What the code store holds.
         tasks: Names of the labels, the main one first.
         user_ids: Ids of the user table.
@@ -95,11 +96,17 @@ class FeatureSchema:
     item_rows: int
     known_items: int
     modalities: tuple[ModalitySpec, ...] = ()
+    sparse: tuple[SparseFeature, ...] = ()
     dense: tuple[DenseFeature, ...] = ()
     codes: tuple[CodeSpec, ...] = ()
     tasks: tuple[str, ...] = ("label",)
     user_ids: IdSpec = IdSpec()
     item_ids: IdSpec = IdSpec()
+
+    @property
+    def pooled_features(self) -> tuple[SparseFeature, ...]:
+        """All features that are one row of a table each, in the order of the KeyedJaggedTensor's keys."""
+        return self.user_features + self.sparse
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> "FeatureSchema":
@@ -112,6 +119,7 @@ class FeatureSchema:
                 ModalitySpec(name, int(spec["dim"]), int(spec["max_tokens"]))
                 for name, spec in sorted(meta["modalities"].items())
             ),
+            sparse=tuple(SparseFeature(f["name"], int(f["rows"])) for f in meta.get("sparse", ())),
             dense=tuple(DenseFeature(**feature) for feature in meta.get("dense", ())),
             codes=tuple(
                 CodeSpec(name, int(spec["levels"]), int(spec["codes_per_level"]))

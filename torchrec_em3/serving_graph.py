@@ -2,7 +2,7 @@
 
 Table look-ups stay outside: the graph takes embeddings and content, so it does not depend on how a package stores them.
 
-Shape letters: R requests, K candidates of a request, L history positions of a request, F features (of the user, or
+Shape letters: R requests, K candidates of a request, L history positions of a request, F features (sparse, or
 dense), B = R * K rows, D width, T tasks.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchrec_em3.components.interfaces import HistoryItems
 from torchrec_em3.components.shared_history import SharedHistoryAttention, SharedHistorySimilarity
-from torchrec_em3.model import EM3Model, user_block
+from torchrec_em3.model import EM3Model
 
 __all__ = ["ServingGraph", "export_graph"]
 
@@ -38,7 +38,7 @@ class ServingGraph(nn.Module):
     def __init__(self, model: EM3Model, num_dense: int, history_map: HistoryItems | None) -> None:
         super().__init__()
         self.num_dense = num_dense
-        self.user_blocks = [user_block(name) for name in model.users.names]
+        self.feature_blocks = list(model.feature_blocks.values())
         self.attention = SharedHistoryAttention(copy.deepcopy(model.attention))
         self.ranker = copy.deepcopy(model.ranker)
         self.projection: nn.Linear | None = None
@@ -71,7 +71,7 @@ class ServingGraph(nn.Module):
         """Return logit_RK, or logit_RKT for several tasks.
 
         Args:
-            user_RFD: Embeddings of the user features, in the schema's order.
+            user_RFD: Embeddings of the user features and the sparse features of the request, in the schema's order.
             target_RKD: ID embeddings of the candidates.
             history_RLD: ID embeddings of the history, padded to the longest of the requests.
             length_R: Positions of each history, int64.
@@ -103,7 +103,7 @@ class ServingGraph(nn.Module):
             )
         if dense_RF is not None:
             per_candidate["context"] = dense_RF[:, None].expand(-1, candidates, -1)
-        for place, block in enumerate(self.user_blocks):
+        for place, block in enumerate(self.feature_blocks):
             per_candidate[block] = user_RFD[:, place, None].expand(-1, candidates, -1)
         logit_B: Tensor = self.ranker({name: block_RKD.flatten(0, 1) for name, block_RKD in per_candidate.items()})
         return logit_B.view((requests, candidates, *logit_B.shape[1:]))
@@ -128,7 +128,7 @@ def _inputs(graph: ServingGraph, width: int) -> list[_Input]:
     R, K, L = (torch.export.Dim(name, min=1) for name in ("requests", "candidates", "positions"))
     request, candidate, position = {0: R}, {0: R, 1: K}, {0: R, 1: L}
     inputs: list[_Input] = [
-        (torch.rand(requests, len(graph.user_blocks), width), request),
+        (torch.rand(requests, len(graph.feature_blocks), width), request),
         (torch.rand(requests, candidates, width), candidate),
         (torch.rand(requests, positions, width), position),
         (torch.tensor([0, 2, positions]), request),

@@ -75,7 +75,7 @@ def test_scores_are_those_of_the_package(address: str, package: Path) -> None:
         ({"user": float("nan")}, 422, "user"),
         ({"candidates": [10**30]}, 422, "candidates.0"),
         ({"history": [[["1"]]]}, 422, "history.0"),
-        ({"features": {"shoe_size": "44"}}, 422, "no user feature 'shoe_size'"),
+        ({"features": {"shoe_size": "44"}}, 422, "no feature 'shoe_size'"),
         ({"candidate": ["1"]}, 422, "candidate: Extra inputs"),
         ({"user": "x" * 10_000}, 413, "longer than 10000 bytes"),
     ],

@@ -97,7 +97,7 @@ def _schema(config: Config, values: Any) -> tuple[FeatureSchema, EncoderSuffixes
 
 def _facts(schema: FeatureSchema, config: Config) -> dict[str, str]:
     schema = with_id_tables(schema, config.embeddings)
-    tables = {feature.name: feature.rows for feature in schema.user_features} | {"item": schema.known_items + 1}
+    tables = {feature.name: feature.rows for feature in schema.pooled_features} | {"item": schema.known_items + 1}
     raw = {schema.user_features[0].name: schema.user_ids.rows, "item": schema.item_ids.rows}
     tables |= {name: rows for name, rows in raw.items() if rows}
     model, embeddings = config.model, config.embeddings

@@ -110,13 +110,17 @@ def _parquet(arguments: Sequence[str]) -> None:
             "--dense", type=str, default="", help="Columns of numbers of each event to rank by, with commas."
         )
         parser.add_argument(
+            "--sparse", type=str, default="", help="Columns of categories of each event to rank by, with commas."
+        )
+        parser.add_argument(
             "--images", type=str, default="", help="Folder of pictures; images/ in SOURCE if not given."
         )
         _add_codes(parser)
 
     values, options = _parse("parquet", arguments, extend)
     source = Path(values.source)
-    raw = read_parquet_folder(source, _names(values.tasks), _path(values.images), _names(values.dense))
+    tasks, dense, sparse = (_names(columns) for columns in (values.tasks, values.dense, values.sparse))
+    raw = read_parquet_folder(source, tasks, _path(values.images), dense, sparse)
     raw = _with_codes(raw, name_codes(values.codes, source))
     _say(_write(raw, values.out, options), values.out, "amazon")
 
@@ -209,8 +213,9 @@ def _say(meta: dict[str, Any], out: str, preset: str) -> None:
         f"items{f' and {negatives} sampled negatives' if negatives else ''}; "
         f"train {counts['train']}, validation {counts['validation']}, test {counts['test']} ({meta['split']})"
     )
-    if meta["dense"]:
-        print(f"  dense features: {', '.join(feature['name'] for feature in meta['dense'])}")
+    for kind in ("dense", "sparse"):
+        if meta[kind]:
+            print(f"  {kind} features of events: {', '.join(feature['name'] for feature in meta[kind])}")
     for name, modality in meta["modalities"].items():
         print(
             f"  {name}: {modality['present']} items, {modality['missing']} without, {modality['broken']} unreadable "

@@ -26,9 +26,9 @@ def score_file(scorer: Scorer, source: Path, target: Path) -> int:
 
     `score` is that of the main task; where the package has several, `score_NAME` is that of each other.
 
-    Columns are `user`, `item` (strings or integers), `history` (a list of them, most recent last) and, if wanted, side
-    features and dense features. Rows that follow each other and differ in nothing but the item share the work of the
-    history.
+    Columns are `user`, `item` (strings or integers), `history` (a list of them, most recent last) and, if wanted, the
+    user's side features and sparse and dense features of the request. Rows that follow each other and differ in nothing
+    but the item share the work of the history.
 
     Args:
         scorer: The package.
@@ -58,9 +58,9 @@ def score_file(scorer: Scorer, source: Path, target: Path) -> int:
 
 def _checked(source: Path, schema: pa.Schema, scorer: Scorer) -> pa.Schema:
     """Return the schema of what is written."""
-    side_features = [name for name in scorer.config.user_features[1:] if name in schema.names]
+    categories = [name for name in scorer.config.given_features if name in schema.names]
     dense_features = _dense_columns(scorer, schema)
-    for name in ("user", "history", "item", *side_features, *dense_features):
+    for name in ("user", "history", "item", *categories, *dense_features):
         if schema.names.count(name) != 1:
             raise DataError(f"{source}: {schema.names.count(name)} columns '{name}', expected 1; {_columns(schema)}")
         found = schema.field(name).type
@@ -113,15 +113,15 @@ def _score(scorer: Scorer, source: Path, batch: pa.RecordBatch, first_row: int) 
 def _keyed_rows(
     scorer: Scorer, source: Path, batch: pa.RecordBatch, first_row: int
 ) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """Yield user, history, side features and dense features of each row, and its item; all but the numbers as text."""
-    side = [name for name in scorer.config.user_features[1:] if name in batch.schema.names]
+    """Yield user, history, categorical and dense features of each row, and its item; all but the numbers as text."""
+    categories = [name for name in scorer.config.given_features if name in batch.schema.names]
     dense = _dense_columns(scorer, batch.schema)
-    columns = [batch.column(name).to_pylist() for name in ("user", "history", "item", *side, *dense)]
+    columns = [batch.column(name).to_pylist() for name in ("user", "history", "item", *categories, *dense)]
     for row, (user, history, item, *values) in enumerate(zip(*columns, strict=True), start=first_row):
         if user is None or item is None or history is None or None in history:
             wrong = "user" if user is None else "item" if item is None else "history"
             raise DataError(f"{source} row {row}: {wrong} is null or holds a null; fill it or drop the row")
-        known = [(name, value) for name, value in zip([*side, *dense], values, strict=True) if value is not None]
-        features = tuple((name, str(value)) for name, value in known if name in side)
+        known = [(name, value) for name, value in zip([*categories, *dense], values, strict=True) if value is not None]
+        features = tuple((name, str(value)) for name, value in known if name in categories)
         numbers = tuple((name, float(value)) for name, value in known if name in dense)
         yield (str(user), tuple(map(str, history)), features, numbers), str(item)

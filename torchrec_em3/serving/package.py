@@ -7,7 +7,7 @@
 | tables.safetensors | packed rows of the ID tables, of the content bank and of codes, and which items have them |
 | items.parquet | raw_id; row i is item row i + 1 |
 | users.parquet | raw_id and the row of each side feature; row i is user i + 1 |
-| vocab/FEATURE.parquet | value of each row of a side feature |
+| vocab/FEATURE.parquet | value of each row of a side feature, or of a sparse feature of requests |
 | manifest.json | size and SHA-256 of each of these |
 
 Of a table of raw ids the rows that users or items have are written, each once; `user_rows` or `item_rows` in
@@ -41,7 +41,7 @@ __all__ = [
 FORMAT_VERSION = 4
 READ_VERSIONS = (1, 2, 3, FORMAT_VERSION)
 """In version 1 nothing was known of codes and of several tasks, in version 2 nothing of tables of raw ids, in version 3
-nothing of dense features."""
+nothing of features of requests."""
 CONFIG_FILE, MANIFEST_FILE = "config.json", "manifest.json"
 GRAPH_FILE, TABLES_FILE = "dense.pt2", "tables.safetensors"
 ITEMS_FILE, USERS_FILE = "items.parquet", "users.parquet"
@@ -58,6 +58,7 @@ class PackageConfig:
         width: D, width of embeddings and content.
         max_history: Most recent events that a score depends on.
         user_features: "user" and the side features, in the order of the graph's first input.
+        sparse: Sparse features of a request, which follow there.
         known_users: Users with training rows; they are users 1 to this number. Where there are no `user_rows`, they
             have an embedding of their own each, and the others that of "unknown".
         known_items: The same of items and `item_rows`.
@@ -83,9 +84,15 @@ class PackageConfig:
     origin: Mapping[str, str]
     codes: bool = False
     tasks: tuple[str, ...] = ("label",)
+    sparse: tuple[str, ...] = ()
     dense: tuple[DenseFeature, ...] = ()
     parity: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def given_features(self) -> tuple[str, ...]:
+        """Names of the categorical features that a request may give: the user's side features and its own."""
+        return self.user_features[1:] + self.sparse
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain values, ready for JSON."""
@@ -145,7 +152,8 @@ def read_config(folder: Path) -> PackageConfig:
     path = folder / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        lists = {name: tuple(values[name]) for name in ("user_features", "tasks") if name in values}
+        names = ("user_features", "sparse", "tasks")
+        lists = {name: tuple(values[name]) for name in names if name in values}
         dense = tuple(DenseFeature(**feature) for feature in values.get("dense", ()))
         return PackageConfig(**{**values, **lists, "dense": dense})
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -49,8 +49,8 @@ class Request:
         user: Id of the user.
         history: Items that the user has seen, most recent last; of a longer one the end counts.
         candidates: Items to score.
-        features: Values of the user's side features by name; those left out are the ones that the package has of the
-            user.
+        features: Values of the user's side features and of the sparse features of the request by name. Of the former,
+            those left out are the ones that the package has of the user; of the latter, they are unknown.
         dense: Dense features by name, as in the raw data; those left out, and NaN, are unknown.
     """
 
@@ -84,7 +84,8 @@ class Scorer:
         for place, name in enumerate(side_features):
             self._user_features[1:, place] = users[name].to_numpy()
         self._vocabularies = {
-            name: _rows_by_id(pq.read_table(folder / vocabulary_file(name))["value"], first=0) for name in side_features
+            name: _rows_by_id(pq.read_table(folder / vocabulary_file(name))["value"], first=0)
+            for name in self.config.given_features
         }
         items = pq.read_table(folder / ITEMS_FILE)
         self._items = _rows_by_id(items["raw_id"], first=1)
@@ -122,7 +123,7 @@ class Scorer:
         Requests go through the graph together as long as that takes little memory, so equal sizes are best.
 
         Raises:
-            DataError: If a side or dense feature is named that the package does not have, or a dense one is infinite.
+            DataError: If a feature is named that the package does not have, or a dense one is infinite.
             NumericError: If a logit is not finite.
         """
         results: list[NDArray[np.float32]] = []
@@ -150,7 +151,7 @@ class Scorer:
         target_RK, _ = self._item_rows([request.candidates for request in requests])
         recent = self.config.max_history
         history_RL, length_R = self._item_rows([request.history[-recent:] for request in requests])
-        features = enumerate(self.config.user_features)
+        features = enumerate(self.config.user_features + self.config.sparse)
         inputs: list[Tensor | None] = [
             torch.stack([self._tables[f"{name}_table"](user_RF[:, place]) for place, name in features], 1),
             self._look_up("item_table", self._item_table_row[target_RK]),
@@ -179,16 +180,17 @@ class Scorer:
         ]
 
     def _user_rows(self, request: Request) -> NDArray[np.int64]:
-        """Return the row of each user feature's table."""
+        """Return the row of the user's table and of each other feature's."""
         user = self._users.get(request.user, 0)
-        rows = np.empty(len(self.config.user_features), dtype=np.int64)
+        side, given = self._user_features[user], self.config.given_features
+        rows = np.zeros(1 + len(given), dtype=np.int64)
         rows[0] = int(self._user_table_row[user])
-        rows[1:] = self._user_features[user]
+        rows[1 : 1 + len(side)] = side
         for name, value in request.features.items():
             if name not in self._vocabularies:
                 known = ", ".join(self._vocabularies) or "none"
-                raise DataError(f"the package has no user feature '{name}'; features: {known}")
-            rows[self.config.user_features.index(name)] = self._vocabularies[name].get(value, 0)
+                raise DataError(f"the package has no feature '{name}'; features: {known}")
+            rows[1 + given.index(name)] = self._vocabularies[name].get(value, 0)
         return rows
 
     def _check_dense(self, request: Request) -> None:

@@ -1,7 +1,6 @@
-"""Dense features end to end: they are ranked by, and every export takes them as it takes users and items."""
+"""Features of events end to end: they are ranked by, and every export takes them as it takes users and items."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,7 @@ from fastapi.testclient import TestClient
 import tests.tiny_parts  # noqa: F401  registers the tiny encoders
 from tests.torchrec_em3.packages import export, train
 from torchrec_em3.cli import run as em3
-from torchrec_em3.datasets.prepare import PrepareOptions, prepare
 from torchrec_em3.datasets.prepared import PreparedData
-from torchrec_em3.datasets.simulated import SimulatedOptions, simulate
 from torchrec_em3.errors import DataError
 from torchrec_em3.export_parity import split_requests
 from torchrec_em3.hub import from_pretrained
@@ -24,22 +21,8 @@ from torchrec_em3.serving.service import create_app
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny catalogue with a feature that nearly gives the label away, unknown now and then, and one of noise."""
-    folder = tmp_path_factory.mktemp("dense")
-    raw = simulate(SimulatedOptions(num_items=150, num_users=60, num_interactions=3000, seed=0), folder / "raw")
-    random = np.random.default_rng(0)
-    hint = 100.0 * raw.rating + random.normal(0.0, 30.0, len(raw.rating))
-    hint[::20] = np.nan
-    raw = replace(raw, dense={"hint": hint, "noise": random.random(len(hint))})
-    options = PrepareOptions(text_encoder="tiny_text", image_encoder="none", label_threshold=None)
-    prepare(raw, folder / "data", options)
-    return folder / "data"
-
-
-@pytest.fixture(scope="module")
-def run(data: Path) -> Path:
-    return train(data, data.parent / "run", "--train.learning_rate", "0.01")
+def run(tiny_features_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tiny_features_data, tmp_path_factory.mktemp("features") / "run", "--train.learning_rate", "0.01")
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +36,16 @@ def test_the_model_ranks_by_them(run: Path) -> None:
 
 
 @pytest.mark.parametrize("ranker", ["dcn_v2", "dlrm", "deepfm"])
-def test_every_ranker_exports_with_parity(ranker: str, data: Path, tmp_path: Path) -> None:
-    run = train(data, tmp_path / "run", "--model.ranker", ranker)
+def test_every_ranker_exports_with_parity(ranker: str, tiny_features_data: Path, tmp_path: Path) -> None:
+    run = train(tiny_features_data, tmp_path / "run", "--model.ranker", ranker)
     assert Scorer.load(export(run, tmp_path / "package", "fp32")).config.parity["rows"] > 100
 
 
-def test_the_package_scores_the_test_split_as_it_was_evaluated(run: Path, package: Path, data: Path) -> None:
+def test_the_package_scores_the_test_split_as_it_was_evaluated(
+    run: Path, package: Path, tiny_features_data: Path
+) -> None:
     scorer = Scorer.load(package)
-    parts = split_requests(PreparedData.open(data), "test", scorer.config.max_history)
+    parts = split_requests(PreparedData.open(tiny_features_data), "test", scorer.config.max_history)
     logit = np.concatenate([logit for part in parts for logit in scorer.logits(part)])
     np.testing.assert_allclose(logit, np.load(run / "predictions" / "test.npz")["logit"], atol=1e-5)
 
@@ -71,8 +56,15 @@ def test_what_is_left_out_is_unknown_and_what_is_strange_is_refused(package: Pat
     asked = [Request("1", ["2"], ["3", "4"], dense=dense) for dense in ({}, means, {"hint": float("nan")})]
     nothing, mean, unknown = scorer.logits(asked)
     assert nothing.tolist() == mean.tolist() == unknown.tolist()
+    asked = [Request("1", ["2"], ["3", "4"], {"mood": mood}) for mood in ("never seen", "good", "bad")]
+    strange, good, bad = scorer.logits(asked)
+    assert strange.tolist() == nothing.tolist()
+    assert (bad < nothing).all()
+    assert (nothing < good).all()
     (high,) = scorer.logits([Request("1", ["2"], ["3", "4"], dense={"hint": 100.0})])
     assert (high > nothing).all()
+    with pytest.raises(DataError, match=r"no feature 'mod'; features: .*, mood, device"):
+        scorer.score([Request("1", [], ["3"], {"mod": "good"})])
     for dense, message in (
         ({"hnt": 1.0}, "no dense feature 'hnt'; dense features: hint, noise"),
         ({"hint": float("inf")}, "dense feature 'hint' is inf, must be finite"),
@@ -81,14 +73,18 @@ def test_what_is_left_out_is_unknown_and_what_is_strange_is_refused(package: Pat
             scorer.score([Request("1", [], ["3"], dense=dense)])
 
 
-def test_a_file_has_a_column_for_each(package: Path, data: Path, tmp_path: Path) -> None:
-    requests = [request for part in split_requests(PreparedData.open(data), "test", 10) for request in part]
+def test_a_file_has_a_column_for_each(package: Path, tiny_features_data: Path, tmp_path: Path) -> None:
+    requests = [
+        request for part in split_requests(PreparedData.open(tiny_features_data), "test", 10) for request in part
+    ]
     columns = {
         "user": [request.user for request in requests],
         "history": [list(request.history) for request in requests],
         "item": [request.candidates[0] for request in requests],
         "hint": [None if np.isnan(request.dense["hint"]) else request.dense["hint"] for request in requests],
         "noise": [request.dense["noise"] for request in requests],
+        "mood": [request.features["mood"] or None for request in requests],
+        "device": [request.features["device"] for request in requests],
     }
     pq.write_table(pa.table(columns), tmp_path / "in.parquet")
     assert em3(["score", str(package), str(tmp_path / "in.parquet"), str(tmp_path / "out.parquet")]) == 0
@@ -99,10 +95,16 @@ def test_a_file_has_a_column_for_each(package: Path, data: Path, tmp_path: Path)
 
 
 def test_the_service_takes_them(package: Path) -> None:
-    body = {"user": "1", "history": ["2"], "candidates": ["3", "4"], "dense": {"hint": 100}}
+    body = {
+        "user": "1",
+        "history": ["2"],
+        "candidates": ["3", "4"],
+        "features": {"mood": "bad"},
+        "dense": {"hint": 100},
+    }
     with TestClient(create_app(package)) as client:
         scores = client.post("/score", json=body).json()["scores"]
-        (expected,) = Scorer.load(package).score([Request("1", ["2"], ["3", "4"], dense={"hint": 100.0})])
+        (expected,) = Scorer.load(package).score([Request("1", ["2"], ["3", "4"], {"mood": "bad"}, {"hint": 100.0})])
         np.testing.assert_allclose(scores, expected, atol=1e-6)
         for dense in ({"hint": "100"}, {"hnt": 1.0}, {"hint": None}):
             assert client.post("/score", json=body | {"dense": dense}).status_code == 422
@@ -114,12 +116,13 @@ def test_the_hub_form_is_compared_and_knows_their_means(run: Path, tmp_path: Pat
     assert em3(["export", str(run), "--format", "hub", "--out", str(tmp_path / "hub")]) == 0
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert [feature["name"] for feature in config["schema"]["dense"]] == ["hint", "noise"]
+    assert [feature["name"] for feature in config["schema"]["sparse"]] == ["mood", "device"]
     from_pretrained(tmp_path / "hub")
 
 
-def test_a_stream_ranks_by_them(run: Path, data: Path, tmp_path: Path) -> None:
-    assert em3(["shard", str(data), "--count", "2", "--out", str(tmp_path / "shards")]) == 0
-    options = ["--data", str(data), "--shards", str(tmp_path / "shards"), "--run", str(tmp_path / "live")]
+def test_a_stream_ranks_by_them(run: Path, tiny_features_data: Path, tmp_path: Path) -> None:
+    assert em3(["shard", str(tiny_features_data), "--count", "2", "--out", str(tmp_path / "shards")]) == 0
+    options = ["--data", str(tiny_features_data), "--shards", str(tmp_path / "shards"), "--run", str(tmp_path / "live")]
     same = ["--loader.batch_size", "128", "--loader.max_history", "10", "--model.embedding_dim", "8"]
     assert em3(["follow", *options, "--start_from", str(run), *same]) == 0
     lines = [json.loads(line) for line in (tmp_path / "live" / "metrics.jsonl").read_text().splitlines()]
