@@ -8,7 +8,7 @@ from torchrec_em3.parsing import CommandParser
 from torchrec_em3.serving.batch import score_file
 from torchrec_em3.serving.scorer import Scorer
 
-DESCRIPTION = "Score each row of a Parquet file (user, history, item, side and dense features) with a package."
+DESCRIPTION = "Score each row of a Parquet file (columns user, history, item, features) with a package."
 
 
 def main(arguments: Sequence[str]) -> None:
