@@ -40,10 +40,10 @@ class DlrmRankerOptions:
 class DlrmRanker(nn.Module):
     """Logit of a row from the dot products of its blocks: bottom MLP, pairwise interactions, top MLP.
 
-    The dense features and the blocks of other widths than the common one stand where DLRM has dense features:
-    concatenated, they pass the bottom MLP to one vector of the common width; if there are none, the first block does.
-    The top MLP sees that vector and the dot product of every two vectors, not the vectors themselves. Source: DLRM
-    (arXiv 1906.00091).
+    The first block, which is the user's, and whatever is no embedding stand where DLRM has dense features:
+    concatenated, they pass the bottom MLP to one vector of the common width. The top MLP sees that vector and the dot
+    product of every two vectors, not the vectors themselves. Source: DLRM (arXiv 1906.00091); that the user is among
+    the dense features is ours: else nothing of the user reaches the top MLP but by dot products.
 
     Args:
         options: See `DlrmRankerOptions`.
@@ -51,17 +51,19 @@ class DlrmRanker(nn.Module):
         num_tasks: Logits of a row.
 
     Raises:
-        ConfigError: If there are fewer than two blocks or one has no width.
+        ConfigError: If nothing is left to interact with the first block, or a block has no width.
     """
 
     def __init__(self, options: DlrmRankerOptions, block_dims: Mapping[str, int], num_tasks: int = 1) -> None:
         super().__init__()
         blocks = Blocks("dlrm", block_dims)
-        if len(block_dims) < 2:
-            raise ConfigError(f"the dlrm ranker needs at least two blocks to interact, not {dict(block_dims)}")
-        width, embeddings = blocks.common_width, blocks.embeddings
-        self.dense = [name for name in block_dims if name not in embeddings] or list(block_dims)[:1]
-        self.sparse = [name for name in block_dims if name not in self.dense]
+        width, (first, *others) = blocks.common_width, block_dims
+        self.sparse = [name for name in others if name in blocks.embeddings]
+        self.dense = [name for name in block_dims if name not in self.sparse]
+        if not self.sparse:
+            raise ConfigError(
+                f"the dlrm ranker needs an embedding beside '{first}' to interact, not {dict(block_dims)}"
+            )
         dense_width = sum(block_dims[name] for name in self.dense)
         num_vectors = 1 + len(self.sparse)
         self.bottom = DenseArch(dense_width, [*options.bottom, width])

@@ -150,7 +150,7 @@ def test_dins_parameters_keep_the_names_that_checkpoints_have() -> None:
         (lambda: MmoeRankerOptions(num_experts=0), "num_experts of the mmoe ranker is 0, must be >= 1"),
         (lambda: MmoeRankerOptions(expert=(8, 0)), r"expert of the mmoe ranker is \(8, 0\), every width must be >= 1"),
         (lambda: MmoeRankerOptions(tower=()), "tower of the mmoe ranker is empty, must have at least one width"),
-        (lambda: DlrmRanker(DlrmRankerOptions(), {"user": 3}), "the dlrm ranker needs at least two blocks"),
+        (lambda: DlrmRanker(DlrmRankerOptions(), {"user": 3}), "the dlrm ranker needs an embedding beside"),
     ],
 )
 def test_refuses_by_name(make: Callable[[], object], message: str) -> None:

@@ -62,7 +62,7 @@ def test_dlrm_reads_the_bottom_vector_and_the_dot_products_with_it() -> None:
     torch.testing.assert_close(ranker(BLOCKS), logit[:, 0])
 
 
-def test_dlrm_sends_the_first_block_through_the_bottom_where_all_have_one_width() -> None:
+def test_dlrm_sends_the_first_block_through_the_bottom() -> None:
     ranker = DlrmRanker(DlrmRankerOptions(), {"target": 4, "interest": 4, "content": 4})
     bottom = through(linears(ranker.bottom), BLOCKS["target"]).clamp_min(0)
     products = pairwise([bottom, BLOCKS["interest"], BLOCKS["content"]])
@@ -71,11 +71,11 @@ def test_dlrm_sends_the_first_block_through_the_bottom_where_all_have_one_width(
 
 
 def test_as_many_dense_features_as_an_embedding_is_wide_are_no_embedding() -> None:
-    dims = {"target": 4, "interest": 4, "context": 4}
+    dims = {"user": 4, "target": 4, "interest": 4, "context": 4}
     dlrm = DlrmRanker(DlrmRankerOptions(), dims)
-    assert (dlrm.dense, dlrm.sparse) == (["context"], ["target", "interest"])
+    assert (dlrm.dense, dlrm.sparse) == (["user", "context"], ["target", "interest"])
     assert list(DeepFMRanker(DeepFMRankerOptions(), dims).embed) == ["context"]
-    assert DinRanker(DinRankerOptions(), dims).blocks.groups == [["target", "interest"]]
+    assert DinRanker(DinRankerOptions(), dims).blocks.groups == [["user", "target", "interest"]]
 
 
 def test_deepfm_is_first_order_dot_products_and_an_mlp() -> None:
