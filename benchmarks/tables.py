@@ -106,7 +106,8 @@ def _heading(suite: str, records: list[Record]) -> str:
         f"Test split, mean ± standard deviation over seeds. Each row searched {trials} points of {searched} on the "
         "validation split with seed 0, the same points for every row, and then read the test split once a seed. "
         "Lines in italics: the difference to another row with the same ranker, seed by seed, with the p-value of a "
-        "paired t-test. CPU s is of training, per 1,000 rows, on machines with other work. "
+        "paired t-test. CPU s is of training, per 1,000 rows, on machines of several speeds and with other work: a "
+        "guide only. "
         f"Printed by\n\n```\npython {shlex.join(sys.argv)}\n```\n"
     )
 
