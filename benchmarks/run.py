@@ -55,8 +55,13 @@ def main(
         if not Path(data).is_dir():
             run_em3(Path(data + ".log"), "prepare", *arguments)
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(cells), unit="row") as bar:
-        for _ in pool.map(lambda cell: matrix.run(*cell), cells):
+
+        def run_row(cell: tuple[DataSet, str, Row]) -> None:
+            matrix.run(*cell)
             bar.update()
+
+        for _ in pool.map(run_row, cells):
+            pass
 
 
 def _name(dataset: DataSet, split: str, row: Row) -> str:

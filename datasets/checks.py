@@ -105,9 +105,7 @@ def check_raw(raw: RawDataset, *, events_checked: bool = False) -> None:
             shape = list(raw.probability.shape)
             raise DataError(f"{source}: probability has shape {shape}, expected [{len(raw.rating)}] as user_id")
         bad = ~((raw.probability >= 0) & (raw.probability <= 1))
-        if bad.any():
-            row = int(np.argmax(bad))
-            raise DataError(f"{source} row {row}: probability is {raw.probability[row]}, outside 0..1")
+        _refuse_first(source, "probability", raw.probability, bad, "outside 0..1")
 
 
 def check_task_names(names: Iterable[str]) -> None:
@@ -121,6 +119,12 @@ def _has_kind(column: Ids, kind: str) -> bool:
     if isinstance(column, pa.DictionaryArray):
         return kind == "str" and pa.types.is_string(column.type.value_type)
     return column.dtype.kind in {"str": "UO", "floating point": "f", "integer": "iu"}[kind]
+
+
+def _refuse_first(source: str, name: str, values: np.ndarray, bad: np.ndarray, rule: str) -> None:
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise DataError(f"{source} row {row}: {name} is {values[row]}, {rule}")
 
 
 def _check_feature_names(kind: str, names: Iterable[str], taken: Set[str], source: str) -> None:
@@ -137,10 +141,7 @@ def _check_event_features(raw: RawDataset, source: str) -> None:
         if value.shape != raw.rating.shape or value.dtype.kind != "f":
             found = f"{value.dtype} {list(value.shape)}"
             raise DataError(f"{source}: dense['{name}'] is {found}, expected floating point [{len(raw.rating)}]")
-        bad = np.isinf(value)
-        if bad.any():
-            row = int(np.argmax(bad))
-            raise DataError(f"{source} row {row}: dense['{name}'] is {value[row]}, must be finite, or NaN if unknown")
+        _refuse_first(source, f"dense['{name}']", value, np.isinf(value), "must be finite, or NaN if unknown")
     for name, ids in raw.sparse.items():
         if len(ids) != len(raw.rating) or not _has_kind(ids, "str"):
             kind = ids.type if isinstance(ids, pa.DictionaryArray) else ids.dtype
@@ -153,10 +154,7 @@ def _check_labels(raw: RawDataset, source: str) -> None:
         if label.shape != raw.rating.shape:
             shape = list(label.shape)
             raise DataError(f"{source}: labels['{name}'] has shape {shape}, expected [{len(raw.rating)}] as user_id")
-        bad = (label != 0) & (label != 1)
-        if bad.any():
-            row = int(np.argmax(bad))
-            raise DataError(f"{source} row {row}: labels['{name}'] is {label[row]}, must be 0 or 1")
+        _refuse_first(source, f"labels['{name}']", label, (label != 0) & (label != 1), "must be 0 or 1")
 
 
 def _check_ids_and_repeats(

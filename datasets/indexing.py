@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow.compute as pc
 
 from torchrec_em3.datasets import splits
-from torchrec_em3.datasets.event_features import dense_column, index_sparse, sparse_column
+from torchrec_em3.datasets.event_features import dense_column, sparse_column
 from torchrec_em3.datasets.ids import Ids, arrow_strings, count_codes, encode_ids, look_up
 from torchrec_em3.datasets.labels import make_labels, task_thresholds
 from torchrec_em3.datasets.negatives import Negatives, sample_negatives
 from torchrec_em3.datasets.ordered_events import OrderedEvents
 from torchrec_em3.datasets.raw import RawDataset
 from torchrec_em3.datasets.user_groups import user_groups
+from torchrec_em3.datasets.vocabulary import index_values
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.registry import closest
 
@@ -127,7 +128,7 @@ def index_dataset(
 
     num_given = len(user_code)
     again = drawn.positive
-    indexed = {name: index_sparse(values, train) for name, values in raw.sparse.items()}
+    indexed = {name: index_values(values, train) for name, values in raw.sparse.items()}
     columns = {
         "user": _append(look_up(user_row.astype(np.int32), user_code), user_row[user_code[again]]),
         "item": _append(look_up(item_row.astype(np.int32), item_code), item_row[drawn.item]),

@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_em3.batch import HISTORY, TARGET, Batch
-from torchrec_em3.datasets.event_features import dense_column
+from torchrec_em3.datasets.event_features import dense_column, sparse_column
 from torchrec_em3.datasets.prepared import PreparedData, Split
 from torchrec_em3.datasets.raw_ids import user_ids
 from torchrec_em3.datasets.recent_events import ShardRows
@@ -84,7 +84,7 @@ class BatchStream(IterableDataset[Batch]):
         else:
             columns = data.split_rows(split)
             self._num_rows = len(columns["user"])
-        self._of_event = [*data.sparse_columns, "item"]
+        self._of_event = [*(sparse_column(feature.name) for feature in data.sparse_features), "item"]
         self._columns = {name: columns[name] for name in ("user", "history_end", *self._of_event)}
         labels = [columns[name] for name in data.label_columns]
         # [R] where there is one task, else [R, K].

@@ -145,6 +145,8 @@ def prepare(raw: RawDataset, out: Path, options: PrepareOptions) -> dict[str, An
         negatives=options.negatives,
         negative_sampling=options.negative_sampling,
     )
+    # Before anything is encoded: it refuses a feature that is never known.
+    dense = measure_dense(indexed.events, raw.dense)
     with _renamed_when_complete(out) as folder:
         write_events(folder / "interactions", indexed.events, options.max_part_rows)
         _write_histories(folder / "history", indexed)
@@ -154,7 +156,11 @@ def prepare(raw: RawDataset, out: Path, options: PrepareOptions) -> dict[str, An
         modalities = _write_tokens(folder, raw, table, encoders, options)
         raw_ids = indexed.items.raw_id.tolist()
         codes = {name: write_codes(folder / "codes" / name, given, raw_ids) for name, given in raw.codes.items()}
-        meta = _describe(raw, indexed, options, features, modalities) | {"sparse": sparse, "codes": codes}
+        meta = _describe(raw, indexed, options, features, modalities) | {
+            "sparse": sparse,
+            "dense": dense,
+            "codes": codes,
+        }
         meta["content_hash"] = hash_content(folder)
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     logger.info("%s: %s", out, ", ".join(f"{count} {name}" for name, count in meta["counts"].items()))
@@ -300,7 +306,6 @@ def _describe(
             "test": test,
         },
         "user_features": features,
-        "dense": measure_dense(indexed.events, raw.dense),
         "modalities": modalities,
         "simulated": raw.probability is not None,
         "time_cuts": list(indexed.time_cuts) if indexed.time_cuts else None,

@@ -19,7 +19,7 @@ from torchrec_em3.datasets.event_features import dense_column, sparse_column
 from torchrec_em3.datasets.labels import DEFAULT_TASK, task_columns
 from torchrec_em3.datasets.splits import TEST, TRAIN, VALIDATION
 from torchrec_em3.errors import DataError
-from torchrec_em3.schema import DenseFeature, SparseFeature
+from torchrec_em3.schema import DenseFeature, FeatureSchema, SparseFeature
 
 __all__ = ["FORMAT_VERSION", "PreparedData", "Split", "hash_content"]
 
@@ -104,12 +104,12 @@ class PreparedData:
     @property
     def sparse_features(self) -> list[SparseFeature]:
         """The sparse features of the events; folders of earlier versions have none."""
-        return [SparseFeature(**feature) for feature in self.meta.get("sparse", ())]
+        return list(FeatureSchema.from_meta(self.meta).sparse)
 
     @property
     def dense_features(self) -> list[DenseFeature]:
         """The dense features, in the order of the columns of `Batch.dense`; folders of earlier versions have none."""
-        return [DenseFeature(**feature) for feature in self.meta.get("dense", ())]
+        return list(FeatureSchema.from_meta(self.meta).dense)
 
     @property
     def dense_columns(self) -> list[str]:

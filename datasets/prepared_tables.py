@@ -1,4 +1,7 @@
-"""The tables of a prepared folder beside its events: users, items, and the vocabularies of categorical features."""
+"""The tables of a prepared folder beside its events: users, items, and the vocabularies of categorical features.
+
+Shape letters: U user rows.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +14,7 @@ import pyarrow.parquet as pq
 from torchrec_em3.datasets.indexing import IndexedDataset
 from torchrec_em3.datasets.ordered_events import ROW_GROUP_ROWS
 from torchrec_em3.datasets.raw import RawDataset
+from torchrec_em3.datasets.vocabulary import index_values
 
 __all__ = ["write_items", "write_users", "write_vocabularies"]
 
@@ -20,12 +24,10 @@ def write_users(folder: Path, raw: RawDataset, indexed: IndexedDataset) -> list[
     users = indexed.users
     columns: dict[str, Any] = {"raw_id": users.raw_id, "train_count": users.train_count}
     vocabularies: dict[str, list[str]] = {}
+    row_U = np.arange(len(users.raw_id))
     for name, value_of in raw.user_features.items():
-        values = [value_of.get(raw_id, "") for raw_id in users.raw_id.tolist()]
-        # A value that no training user has would be an untrained row, so it is unknown.
-        vocabularies[name] = ["", *sorted(set(values[1 : users.known + 1]) - {""})]
-        row_of = {value: row for row, value in enumerate(vocabularies[name])}
-        columns[name] = np.array([row_of.get(value, 0) for value in values], dtype=np.int32)
+        value_U = np.array([value_of.get(raw_id, "") for raw_id in users.raw_id.tolist()], dtype=object)
+        vocabularies[name], columns[name] = index_values(value_U, (row_U > 0) & (row_U <= users.known))
     _write_table(folder / "users.parquet", columns)
     return [{"name": "user", "rows": users.known + 1}, *write_vocabularies(folder, vocabularies)]
 

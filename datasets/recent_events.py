@@ -31,7 +31,6 @@ class ShardRows:
         label_columns: See `PreparedData`.
         dense_features: See `PreparedData`.
         sparse_features: See `PreparedData`.
-        sparse_columns: See `PreparedData`.
         user_features: int32 [U, F]; users that came after the preparation have row 0, unknown, of each feature.
         history_offsets: int64 [U + 1].
         history_items: int32 [N + E], the remembered events and those of the shard.
@@ -48,7 +47,6 @@ class ShardRows:
     label_columns: list[str]
     dense_features: list[DenseFeature]
     sparse_features: list[SparseFeature]
-    sparse_columns: list[str]
     user_features: np.ndarray
     history_offsets: np.ndarray
     history_items: np.ndarray
@@ -133,7 +131,6 @@ class RecentEvents:
             label_columns=data.label_columns,
             dense_features=data.dense_features,
             sparse_features=data.sparse_features,
-            sparse_columns=data.sparse_columns,
             user_features=np.concatenate([data.user_features, unknown]),
             history_offsets=histories.offsets,
             history_items=histories.items,

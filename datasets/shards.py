@@ -143,8 +143,8 @@ def _check_rows(path: Path, table: pa.Table, labels: Sequence[str], features: Ma
         bad = np.flatnonzero((values_E != 0) & (values_E != 1))
         if bad.size:
             raise DataError(f"{path} row {bad[0]}: {name} is {values_E[bad[0]]}, must be 0 or 1")
-    for name, kind in features.items():
-        infinite = np.flatnonzero(np.isinf(table[name].to_numpy())) if pa.types.is_floating(kind) else np.empty(0)
+    for name in (name for name, kind in features.items() if pa.types.is_floating(kind)):
+        infinite = np.flatnonzero(np.isinf(table[name].to_numpy()))
         if infinite.size:
             raise DataError(f"{path} row {infinite[0]}: {name} is infinite, must be finite, or null if unknown")
     decreasing = np.flatnonzero(np.diff(table["timestamp"].to_numpy()) < 0)

@@ -1,6 +1,7 @@
 """Shared fixtures: one tiny simulated data set, prepared once per test session."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 import tests.tiny_parts  # noqa: F401  registers the tiny encoders
 from torchrec_em3.datasets.prepare import PrepareOptions, prepare
+from torchrec_em3.datasets.raw import RawDataset
 from torchrec_em3.datasets.simulated import SimulatedOptions, simulate
 
 # One thread each, also in processes that tests start: sums in another order would differ in the last bit.
@@ -17,27 +19,28 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
-def prepare_tiny(folder: Path, split: str = "temporal", two_tasks: bool = False) -> Path:
+def prepare_tiny(
+    folder: Path, split: str = "temporal", change: Callable[[RawDataset], RawDataset] = lambda raw: raw
+) -> Path:
     raw = simulate(SimulatedOptions(num_items=150, num_users=60, num_interactions=3000, seed=0), folder / "raw")
-    if two_tasks:
-        likely = raw.probability > np.median(raw.probability)
-        raw = replace(raw, labels={"click": raw.rating, "like": raw.rating * likely})
     options = PrepareOptions(split=split, text_encoder="tiny_text", image_encoder="tiny_image", label_threshold=None)
-    prepare(raw, folder / split, options)
+    prepare(change(raw), folder / split, options)
     return folder / split
 
 
-def prepare_features(folder: Path) -> Path:
-    raw = simulate(SimulatedOptions(num_items=150, num_users=60, num_interactions=3000, seed=0), folder / "raw")
+def with_two_tasks(raw: RawDataset) -> RawDataset:
+    likely = raw.probability > np.median(raw.probability)
+    return replace(raw, labels={"click": raw.rating, "like": raw.rating * likely})
+
+
+def with_features(raw: RawDataset) -> RawDataset:
     random = np.random.default_rng(0)
     hint = 100.0 * raw.rating + random.normal(0.0, 60.0, len(raw.rating))
     hint[::20] = np.nan
     mood = np.where(random.random(len(hint)) < 0.8, np.where(raw.rating == 1, "good", "bad"), "")
     device = np.array(["phone", "desk", "watch"])[random.integers(3, size=len(hint))]
     dense, sparse = {"hint": hint, "noise": random.random(len(hint))}, {"mood": mood, "device": device}
-    options = PrepareOptions(text_encoder="tiny_text", image_encoder="none", label_threshold=None)
-    prepare(replace(raw, dense=dense, sparse=sparse), folder / "data", options)
-    return folder / "data"
+    return replace(raw, dense=dense, sparse=sparse)
 
 
 @pytest.fixture(scope="session")
@@ -55,10 +58,10 @@ def tiny_cold_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_tasks_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same events with two labels: the click, and a like, a click where one was likelier than usual."""
-    return prepare_tiny(tmp_path_factory.mktemp("tiny_tasks"), two_tasks=True)
+    return prepare_tiny(tmp_path_factory.mktemp("tiny_tasks"), change=with_two_tasks)
 
 
 @pytest.fixture(scope="session")
 def tiny_features_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same events, with a number and a category that half give the label away, and noise of each kind."""
-    return prepare_features(tmp_path_factory.mktemp("tiny_features"))
+    return prepare_tiny(tmp_path_factory.mktemp("tiny_features"), change=with_features)

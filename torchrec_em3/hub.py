@@ -232,6 +232,7 @@ def _schema(values: dict[str, Any]) -> FeatureSchema:
     codes = tuple(CodeSpec(**code) for code in values["codes"])
     dense = tuple(DenseFeature(**feature) for feature in values.get("dense", ()))
     lists = {"user_features": features, "modalities": modalities, "codes": codes, "tasks": tuple(values["tasks"])}
+    lists |= {"sparse": sparse, "dense": dense}
     # A number of dense features, always 0, stood in the config before there were any.
     others = {name: value for name, value in values.items() if name != "num_dense"}
-    return FeatureSchema(**{**others, **lists, "sparse": sparse, "dense": dense})
+    return FeatureSchema(**{**others, **lists})

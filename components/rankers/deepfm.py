@@ -47,7 +47,8 @@ class DeepFMRanker(nn.Module):
         super().__init__()
         self.blocks = Blocks("deepfm", block_dims)
         self.width = self.blocks.common_width
-        others = {name: width for name, width in block_dims.items() if name not in self.blocks.embeddings}
+        embeddings = self.blocks.embeddings
+        others = {name: width for name, width in block_dims.items() if name not in embeddings}
         self.embed = nn.ModuleDict({name: nn.Linear(width, self.width, bias=False) for name, width in others.items()})
         # The logit's bias is the MLP's.
         self.first_order = nn.Linear(self.blocks.total_width, num_tasks, bias=False)

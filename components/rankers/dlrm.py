@@ -57,8 +57,8 @@ class DlrmRanker(nn.Module):
     def __init__(self, options: DlrmRankerOptions, block_dims: Mapping[str, int], num_tasks: int = 1) -> None:
         super().__init__()
         blocks = Blocks("dlrm", block_dims)
-        width, (first, *others) = blocks.common_width, block_dims
-        self.sparse = [name for name in others if name in blocks.embeddings]
+        width, first = blocks.common_width, next(iter(block_dims))
+        self.sparse = [name for name in blocks.embeddings if name != first]
         self.dense = [name for name in block_dims if name not in self.sparse]
         if not self.sparse:
             raise ConfigError(

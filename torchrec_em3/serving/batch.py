@@ -1,7 +1,7 @@
 """Scores the rows of a Parquet file."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,8 @@ def score_file(scorer: Scorer, source: Path, target: Path) -> int:
 
 def _checked(source: Path, schema: pa.Schema, scorer: Scorer) -> pa.Schema:
     """Return the schema of what is written."""
-    categories = [name for name in scorer.config.given_features if name in schema.names]
-    dense_features = _dense_columns(scorer, schema)
-    for name in ("user", "history", "item", *categories, *dense_features):
+    categories, numbers = _feature_columns(scorer, schema)
+    for name in ("user", "history", "item", *categories, *numbers):
         if schema.names.count(name) != 1:
             raise DataError(f"{source}: {schema.names.count(name)} columns '{name}', expected 1; {_columns(schema)}")
         found = schema.field(name).type
@@ -68,7 +67,7 @@ def _checked(source: Path, schema: pa.Schema, scorer: Scorer) -> pa.Schema:
             inner = found.value_type if pa.types.is_list(found) or pa.types.is_large_list(found) else None
             if inner is None or not _is_id(inner):
                 raise DataError(f"{source}: column 'history' is {found}, expected a list of strings or integers")
-        elif name in dense_features:
+        elif name in numbers:
             if not (pa.types.is_integer(found) or pa.types.is_floating(found)):
                 raise DataError(f"{source}: column '{name}' is {found}, expected a number")
         elif not _is_id(found):
@@ -85,8 +84,10 @@ def _score_columns(scorer: Scorer) -> list[str]:
     return [SCORE, *(f"{SCORE}_{task}" for task in scorer.config.tasks[1:])]
 
 
-def _dense_columns(scorer: Scorer, schema: pa.Schema) -> list[str]:
-    return [feature.name for feature in scorer.config.dense if feature.name in schema.names]
+def _feature_columns(scorer: Scorer, schema: pa.Schema) -> tuple[list[str], list[str]]:
+    """Return which categorical and which dense features are there."""
+    numbers = [feature.name for feature in scorer.config.dense if feature.name in schema.names]
+    return [name for name in scorer.config.given_features if name in schema.names], numbers
 
 
 def _is_id(found: pa.DataType) -> bool:
@@ -114,14 +115,16 @@ def _keyed_rows(
     scorer: Scorer, source: Path, batch: pa.RecordBatch, first_row: int
 ) -> Iterator[tuple[tuple[Any, ...], str]]:
     """Yield user, history, categorical and dense features of each row, and its item; all but the numbers as text."""
-    categories = [name for name in scorer.config.given_features if name in batch.schema.names]
-    dense = _dense_columns(scorer, batch.schema)
-    columns = [batch.column(name).to_pylist() for name in ("user", "history", "item", *categories, *dense)]
+    categories, numbers = _feature_columns(scorer, batch.schema)
+    columns = [batch.column(name).to_pylist() for name in ("user", "history", "item", *categories, *numbers)]
     for row, (user, history, item, *values) in enumerate(zip(*columns, strict=True), start=first_row):
         if user is None or item is None or history is None or None in history:
             wrong = "user" if user is None else "item" if item is None else "history"
             raise DataError(f"{source} row {row}: {wrong} is null or holds a null; fill it or drop the row")
-        known = [(name, value) for name, value in zip([*categories, *dense], values, strict=True) if value is not None]
-        features = tuple((name, str(value)) for name, value in known if name in categories)
-        numbers = tuple((name, float(value)) for name, value in known if name in dense)
-        yield (str(user), tuple(map(str, history)), features, numbers), str(item)
+        features = _given(categories, values[: len(categories)], str)
+        dense = _given(numbers, values[len(categories) :], float)
+        yield (str(user), tuple(map(str, history)), features, dense), str(item)
+
+
+def _given(names: list[str], values: list[Any], as_type: Callable[[Any], Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, as_type(value)) for name, value in zip(names, values, strict=True) if value is not None)

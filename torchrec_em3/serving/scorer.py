@@ -144,8 +144,6 @@ class Scorer:
 
     @torch.inference_mode()
     def _logits(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
-        for request in requests:
-            self._check_dense(request)
         user_RF = torch.from_numpy(np.array([self._user_rows(request) for request in requests]))
         # The graph takes no empty dimension: one padded place stands for nothing.
         target_RK, _ = self._item_rows([request.candidates for request in requests])
@@ -160,7 +158,7 @@ class Scorer:
         ]
         inputs += self._rows("content", target_RK, history_RL, self.config.content, self.config.content_history)
         inputs += self._rows("codes", target_RK, history_RL, self.config.codes, self.config.codes)
-        inputs.append(self._dense(requests) if self.config.dense else None)
+        inputs.append(self._dense(requests))
         while inputs[-1] is None:
             inputs.pop()
         logit_RK = self._graph(*inputs)
@@ -193,17 +191,17 @@ class Scorer:
             rows[1 + given.index(name)] = self._vocabularies[name].get(value, 0)
         return rows
 
-    def _check_dense(self, request: Request) -> None:
+    def _dense(self, requests: Sequence[Request]) -> Tensor | None:
+        """Return the dense features as the model reads them, float32 [R, F]; None where it has none."""
         known = [feature.name for feature in self.config.dense]
-        for name, value in request.dense.items():
+        for name, value in (given for request in requests for given in request.dense.items()):
             if name not in known:
                 names = ", ".join(known) or "none"
                 raise DataError(f"the package has no dense feature '{name}'; dense features: {names}")
             if math.isinf(value):
                 raise DataError(f"dense feature '{name}' is {value}, must be finite; leave it out if it is unknown")
-
-    def _dense(self, requests: Sequence[Request]) -> Tensor:
-        """Return the dense features as the model reads them, float32 [R, F]."""
+        if not known:
+            return None
         columns = [
             feature.standardise(np.array([request.dense.get(feature.name, np.nan) for request in requests]))
             for feature in self.config.dense
