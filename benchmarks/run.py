@@ -41,7 +41,7 @@ def main(
         suite: One of benchmarks/suites/*.yaml.
         dataset_dir: Folder with the raw data sets, a folder each as the suite names them.
         work: Where prepared data, runs and results.jsonl go.
-        seeds: Seeds of the training; the data is split once.
+        seeds: Seeds of the training; where the suite says `redrawn`, of the split too.
         trials: Points that the search tries for a row; 1 takes the config's.
         jobs: Rows at a time, one thread each.
         only: Regular expression; runs the rows whose "data set/split/row" it matches.
@@ -51,7 +51,8 @@ def main(
     cells = [cell for cell in chosen.cells() if re.search(only, _name(*cell))]
     if not cells:
         raise SystemExit(f"--only {only} matches none of {', '.join(_name(*cell) for cell in chosen.cells())}")
-    for data, arguments in sorted({matrix.preparation(dataset, split) for dataset, split, _ in cells}):
+    needed = {matrix.preparation(dataset, split, seed) for dataset, split, _ in cells for seed in range(seeds)}
+    for data, arguments in sorted(needed):
         if not Path(data).is_dir():
             run_em3(Path(data + ".log"), "prepare", *arguments)
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(cells), unit="row") as bar:
@@ -92,37 +93,30 @@ class _Matrix:
     seeds: int
     trials: int
 
-    def preparation(self, dataset: DataSet, split: str) -> tuple[str, tuple[str, ...]]:
+    def preparation(self, dataset: DataSet, split: str, seed: int) -> tuple[str, tuple[str, ...]]:
         """Return the prepared folder, and the arguments of `em3 prepare` that make it."""
-        folder = self.work / "data" / _slug(f"{dataset.name}-{split}")
-        return str(folder), (*dataset.arguments, "--split", split, "--out", str(folder))
+        name = f"{dataset.name}-{split}"
+        drawn: tuple[str, ...] = ()
+        if dataset.redrawn:
+            name, drawn = f"{name}-draw-{seed}", ("--seed", str(seed))
+        folder = self.work / "data" / _slug(name)
+        return str(folder), (*dataset.arguments, "--split", split, *drawn, "--out", str(folder))
 
     def run(self, dataset: DataSet, split: str, row: Row) -> None:
         """Search, then train and measure every seed of one row."""
-        data, _ = self.preparation(dataset, split)
-        meta = json.loads((Path(data) / "meta.json").read_text(encoding="utf-8"))
-        about = {
-            "suite": self.suite.name,
-            "dataset": dataset.name,
-            "split": split,
-            "group": row.group,
-            "ranker": row.ranker,
-            "row": row.name,
-            "commit": self.commit,
-            "data": {"name": meta["dataset"], "hash": _hash_of_data(Path(data), meta), "counts": meta["counts"]},
-            "trials": self.trials,
-        }
+        data = [self.preparation(dataset, split, seed)[0] for seed in range(self.seeds)]
+        about = [self._about(dataset, split, row, seed) for seed in range(self.seeds)]
         fixed = {**dataset.options, **row.options}
         space = {name: values for name, values in self.suite.search.items() if name not in row.options}
         config = {"file": self._config(), "options": fixed, "search": space}
-        keys = [hash_of([about, config, seed]) for seed in range(self.seeds)]
+        keys = [hash_of([about[seed], config, seed]) for seed in range(self.seeds)]
         if all(key in self.ledger for key in keys):
             return
         folder = self.work / "runs" / self.commit / _slug(f"{dataset.name}-{split}") / _slug(row.label)
 
         def trial(number: int, options: dict[str, Any]) -> float:
             run = folder / f"trial-{number}"
-            self._train(run, data, {**fixed, **options, "seed": 0}, "--skip_evaluation")
+            self._train(run, data[0], {**fixed, **options, "seed": 0}, "--skip_evaluation")
             return _best_validation(run)
 
         tried = search(space, self.trials, trial)
@@ -135,10 +129,27 @@ class _Matrix:
             if seed == 0:
                 run_em3(Path(f"{run}.log"), "evaluate", str(run))
             else:
-                self._train(run, data, {**fixed, **best, "seed": seed})
+                self._train(run, data[seed], {**fixed, **best, "seed": seed})
             chosen = {"seed": seed, "config": hash_of(config), "options": {**fixed, **best}, "search": tried}
             place = {"run": str(run.relative_to(self.work))}
-            self.ledger.add({"key": key, **about, **chosen, **place, **_measured(run)})
+            self.ledger.add({"key": key, **about[seed], **chosen, **place, **_measured(run)})
+
+    def _about(self, dataset: DataSet, split: str, row: Row, seed: int) -> dict[str, Any]:
+        """Return what is compared, and on which data."""
+        folder = Path(self.preparation(dataset, split, seed)[0])
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        data = {"name": meta["dataset"], "hash": _hash_of_data(folder, meta), "counts": meta["counts"]}
+        return {
+            "suite": self.suite.name,
+            "dataset": dataset.name,
+            "split": split,
+            "group": row.group,
+            "ranker": row.ranker,
+            "row": row.name,
+            "commit": self.commit,
+            "data": data | ({"draw": seed} if dataset.redrawn else {}),
+            "trials": self.trials,
+        }
 
     def _config(self) -> dict[str, Any]:
         config: dict[str, Any] = yaml.safe_load((ROOT / self.suite.config).read_text(encoding="utf-8"))

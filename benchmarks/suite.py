@@ -27,6 +27,7 @@ class DataSet:
         groups: Groups of rows to run on it.
         without: Names of rows to leave out.
         options: Options of `em3 train` for every row on it.
+        redrawn: Whether the data is split anew for each seed, and not once for all of them.
     """
 
     name: str
@@ -35,6 +36,7 @@ class DataSet:
     groups: tuple[str, ...]
     without: tuple[str, ...]
     options: Options
+    redrawn: bool
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _dataset(name: str, read: dict[str, Any], folder: Path) -> DataSet:
         found = [candidate for candidate in names if (source / candidate).is_file()]
         arguments += [f"--{option}", found[0]] if found else []
     splits, groups, without = (tuple(read.get(key, ())) for key in ("splits", "groups", "without"))
-    return DataSet(name, tuple(arguments), splits, groups, without, read.get("options", {}))
+    return DataSet(name, tuple(arguments), splits, groups, without, read.get("options", {}), read.get("redrawn", False))
 
 
 def _rows() -> Iterator[Row]:

@@ -2,8 +2,9 @@
 
     python benchmarks/tables.py --suite movielens [--results FILE] [--out benchmarks/results/suite-movielens.md]
 
-Runs of several commits are never put into one table; nor are two preparations of one data set. Tables of one
-document may be of different commits, since a matrix takes longer than a version of the code lives; each says which.
+A table holds the rows of one ranker, which are compared with each other, and never runs of several commits or of two
+preparations of one data set. Tables of one document may be of different commits, since a matrix takes longer than a
+version of the code lives; each says which.
 """
 
 import shlex
@@ -35,7 +36,8 @@ COLUMNS = {
 }
 TESTED = ("AUC", "AUC, items of 0 training rows", "21+")
 """Columns that are compared, seed by seed."""
-REFERENCES = {"rankers": (BASELINE, FROZEN)}
+COMPARED = (BASELINE, FROZEN, MODEL)
+REFERENCES = {"rankers": (BASELINE, FROZEN), "draws": (BASELINE, FROZEN)}
 """Rows that the others of a group are compared with; those of a group that is not named here, with the whole model."""
 
 
@@ -52,10 +54,11 @@ def main(suite: str, results: str = "runs/benchmark/results.jsonl", commit: str 
     records = [record for record in records if record["commit"].startswith(commit)]
     check_alike(records)
     parts = [_heading(suite, records)]
-    order = {(row.group, row.ranker, row.name): place for place, row in enumerate(load_suite(suite, Path()).rows)}
-    for (dataset, split, group), found in _grouped(records).items():
-        rows = dict(sorted(found.items(), key=lambda cell: order.get((group, *cell[0]), len(order))))
-        parts.append(_section(dataset, split, group, rows, _models(records, dataset, split)))
+    for (dataset, split), there in _by(_in_order(suite, records), "dataset", "split").items():
+        parts.append(_about(dataset, split, there[0]))
+        for (ranker,), rows in _by(there, "ranker").items():
+            cells = _cells(rows)
+            parts += [_table(ranker, group, found, cells) for group, found in cells.items()]
     path = Path(out or f"benchmarks/results/suite-{suite}.md")
     path.write_text("\n".join(parts), encoding="utf-8")
     print("\n".join(parts))
@@ -65,37 +68,51 @@ def check_alike(records: list[Record]) -> None:
     """Refuse to compare what was not run alike.
 
     Raises:
-        SystemExit: If there are no runs, or those of a data set and split have several commits, numbers of trials or
-            preparations of the data.
+        SystemExit: If there are no runs, or those of a data set and split have several numbers of trials or
+            preparations of the data, or several commits with one ranker.
     """
     if not records:
         raise SystemExit("no runs of this suite and commit; run benchmarks/run.py first")
-    alike: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    alike: dict[tuple[str, str], set[str]] = defaultdict(set)
     for record in records:
-        found = alike[f"{record['dataset']}, {record['split']}"]
-        found["commits"].add(record["commit"])
-        found["numbers of trials"].add(str(record["trials"]))
-        found["preparations of the data"].add(record["data"]["hash"])
-    for table, found in alike.items():
-        for what, values in found.items():
-            if len(values) > 1:
-                raise SystemExit(f"{table}: runs of {len(values)} {what}, {', '.join(sorted(values))}")
+        table = f"{record['dataset']}, {record['split']}"
+        draw = record["data"].get("draw")
+        alike[f"{table}, {record['ranker']}", "commits"].add(record["commit"])
+        alike[table, "numbers of trials"].add(str(record["trials"]))
+        alike[table if draw is None else f"{table}, draw {draw}", "preparations of the data"].add(
+            record["data"]["hash"]
+        )
+    for (table, what), values in alike.items():
+        if len(values) > 1:
+            raise SystemExit(f"{table}: runs of {len(values)} {what}, {', '.join(sorted(values))}")
 
 
-def _grouped(records: Iterable[Record]) -> dict[tuple[str, str, str], dict[tuple[str, str], Cell]]:
-    """Return runs by table, row and seed, in the order in which they were run."""
-    found: dict[tuple[str, str, str], dict[tuple[str, str], Cell]] = {}
+def _by(records: Iterable[Record], *names: str) -> dict[tuple[str, ...], list[Record]]:
+    """Return the records by what stands under these names, in the order in which each was first seen."""
+    found: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        table = found.setdefault((record["dataset"], record["split"], record["group"]), {})
-        table.setdefault((record["ranker"], record["row"]), {})[record["seed"]] = record
+        found.setdefault(tuple(record[name] for name in names), []).append(record)
     return found
 
 
-def _models(records: Iterable[Record], dataset: str, split: str) -> dict[tuple[str, str], Cell]:
-    """Return the runs of a data set that others may be compared with, by ranker and row."""
-    tables = _grouped(record for record in records if (record["dataset"], record["split"]) == (dataset, split))
-    cells = [pair for table in tables.values() for pair in table.items()]
-    return {key: cell for key, cell in cells if key[1] in (BASELINE, FROZEN, MODEL)}
+def _in_order(suite: str, records: list[Record]) -> list[Record]:
+    """Return the records as the suite orders them, whenever they were run; what it no longer has comes last."""
+    cells = [(data.name, split, row.group, row.label) for data, split, row in load_suite(suite, Path()).cells()]
+    place = {cell: number for number, cell in enumerate(cells)}
+
+    def key(run: Record) -> int:
+        cell = (run["dataset"], run["split"], run["group"], f"{run['ranker']}, {run['row']}")
+        return place.get(cell, len(place))
+
+    return sorted(records, key=key)
+
+
+def _cells(records: Iterable[Record]) -> dict[str, dict[str, Cell]]:
+    """Return the runs of one ranker by group, row and seed."""
+    found: dict[str, dict[str, Cell]] = {}
+    for record in records:
+        found.setdefault(record["group"], {}).setdefault(record["row"], {})[record["seed"]] = record
+    return found
 
 
 def _heading(suite: str, records: list[Record]) -> str:
@@ -112,27 +129,35 @@ def _heading(suite: str, records: list[Record]) -> str:
     )
 
 
-def _section(
-    dataset: str, split: str, group: str, rows: dict[tuple[str, str], Cell], models: dict[tuple[str, str], Cell]
-) -> str:
-    first = next(iter(next(iter(rows.values())).values()))
+def _about(dataset: str, split: str, first: Record) -> str:
     counts, slices = first["data"]["counts"], first["test"]["slices"]["item_frequency"]
+    drawn = " (of the first draw)" if "draw" in first["data"] else ""
+    bins = ", ".join(f"{name}: {part['n']}" for name, part in slices.items())
+    return (
+        f"## {dataset}, `{split}`\n\n{counts['users']} users, {counts['items']} items; train {counts['train']}, "
+        f"validation {counts['validation']}, test {counts['test']} rows{drawn}; "
+        f"test rows by training rows of the item: {bins}.\n"
+    )
+
+
+def _table(ranker: str, group: str, rows: dict[str, Cell], cells: dict[str, dict[str, Cell]]) -> str:
+    """Return the table of one group of rows; `cells` has the others of that ranker, by group."""
+    models = {name: cell for found in cells.values() for name, cell in found.items() if name in COMPARED}
+    first = next(iter(next(iter(rows.values())).values()))
+    title = ranker if group == "rankers" else f"{ranker}: {group}"
     lines = [
-        f"## {dataset}, `{split}`: {group}\n",
-        f"{counts['users']} users, {counts['items']} items; train {counts['train']}, "
-        f"validation {counts['validation']}, test {counts['test']} rows; test rows by training rows of the item: "
-        + ", ".join(f"{key}: {part['n']}" for key, part in slices.items())
-        + f". Commit {first['commit']}.",
+        f"### {title}\n",
+        f"Commit {first['commit']}.",
         "",
         "| | seeds | " + " | ".join(COLUMNS) + " | CPU s |",
         "|---" * (len(COLUMNS) + 3) + "|",
     ]
     references = REFERENCES.get(group, (MODEL,))
-    for (ranker, name), cell in rows.items():
-        lines.append(_line(f"{ranker}, {name}", cell))
+    for name, cell in rows.items():
+        lines.append(_line(name, cell))
         # A reference is compared with those before it.
         known = references[: references.index(name)] if name in references else references
-        lines += [_difference(cell, models[ranker, other], other) for other in known if (ranker, other) in models]
+        lines += [_difference(cell, models[other], other) for other in known if other in models]
     return "\n".join([*lines, ""])
 
 

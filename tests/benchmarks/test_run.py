@@ -40,7 +40,8 @@ class Program:
             folder = Path(values["--out"])
             folder.mkdir(parents=True)
             counts = {"users": 3, "items": 4, "train": 5, "validation": 6, "test": 7}
-            meta = {"dataset": "tiny", "split": values["--split"], "seed": 0, "counts": counts, "modalities": {}}
+            seed = int(values.get("--seed", 0))
+            meta = {"dataset": "tiny", "split": values["--split"], "seed": seed, "counts": counts, "modalities": {}}
             for part in ("interactions", "tokens"):
                 (folder / part).mkdir()
                 np.save(folder / part / "0.npy", np.arange(3))
@@ -122,7 +123,7 @@ def test_runs_of_another_commit_start_anew(script: ModuleType, tmp_path: Path, m
     with pytest.raises(SystemExit, match="matches none of tiny/temporal/DIN, ID-only"):
         script.main(**options, only="nothing")
     tables = load(monkeypatch, "tables")
-    with pytest.raises(SystemExit, match="tiny, temporal: runs of 2 commits, beef, c0ffee"):
+    with pytest.raises(SystemExit, match="tiny, temporal, DIN: runs of 2 commits, beef, c0ffee"):
         tables.main("small", str(tmp_path / "work" / "results.jsonl"), out=str(tmp_path / "out.md"))
     assert not (tmp_path / "out.md").exists()
 
@@ -148,6 +149,28 @@ def test_a_commit_that_leaves_what_trains_alone_is_no_other_one(
         ledger.commit_of(tmp_path)
 
 
+def test_a_redrawn_split_belongs_to_its_seed(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suites = tmp_path / "suites"
+    (suites / "small.yaml").write_text((suites / "small.yaml").read_text() + "    redrawn: true\n")
+    work = tmp_path / "work"
+    script.main("small", str(tmp_path), str(work), trials=1, seeds=2, only="tiny/cold_items/DIN, (ID-only|EM3)$")
+    prepared = [dict(itertools.pairwise(asked)) for asked in script.run_em3.asked if asked[0] == "prepare"]
+    folders = {values["--seed"]: values["--out"] for values in prepared}
+    assert sorted(folders) == ["0", "1"]
+    trained = [dict(itertools.pairwise(asked)) for asked in script.run_em3.asked if asked[0] == "train"]
+    assert [values["--data"] for values in trained] == [folders[values["--seed"]] for values in trained]
+    records = results(work)
+    assert [record["data"]["draw"] for record in records] == [0, 1, 0, 1]
+    assert len({record["data"]["hash"] for record in records}) == 2
+    tables = load(monkeypatch, "tables")
+    tables.main("small", str(work / "results.jsonl"), out=str(tmp_path / "out.md"))
+    assert "| *minus ID-only* | 2 | +0.1000, p " in (tmp_path / "out.md").read_text()
+    with pytest.raises(SystemExit, match="tiny, cold_items, draw 0: runs of 2 preparations of the data"):
+        tables.check_alike([*records, records[0] | {"data": records[1]["data"] | {"draw": 0}}])
+
+
 def test_the_data_are_known_by_their_events_and_not_by_the_rounding_of_tokens(
     script: ModuleType, tmp_path: Path
 ) -> None:
@@ -170,9 +193,10 @@ def test_a_table_compares_seed_by_seed(script: ModuleType, tmp_path: Path, monke
     (tmp_path / "mixed.jsonl").write_text("".join(reversed(lines)))
     tables.main("small", str(tmp_path / "mixed.jsonl"), out=str(tmp_path / "out.md"))
     text = (tmp_path / "out.md").read_text()
-    assert text.index("DLRM, ID-only") < text.index("DLRM, frozen") < text.index("DLRM, EM3"), "whenever they ended"
-    assert "| DLRM, ID-only | 3 | 0.6167 ± 0.0208 | undefined | 0.9000 ± 0.0000 |" in text
-    assert "| DLRM, EM3 | 3 | 0.7167 ± 0.0208 |" in text
+    assert text.index("| ID-only |") < text.index("| frozen") < text.index("| EM3 |"), "whenever they ended"
+    assert "### DLRM\n\nCommit c0ffee.\n" in text
+    assert "| ID-only | 3 | 0.6167 ± 0.0208 | undefined | 0.9000 ± 0.0000 |" in text
+    assert "| EM3 | 3 | 0.7167 ± 0.0208 |" in text
     assert text.count("| *minus ID-only* | 3 | +0.1000, p ") == 2
     assert text.count("| *minus frozen content* | 3 | +0.0000, p ") == 1, "EM3 alone is compared with it"
     records = results(tmp_path / "work")
@@ -183,6 +207,7 @@ def test_a_table_compares_seed_by_seed(script: ModuleType, tmp_path: Path, monke
         with pytest.raises(SystemExit, match=message):
             tables.check_alike([*records, records[0] | change])
     tables.check_alike([*records, records[0] | {"split": "cold_items", "commit": "beef"}])
+    tables.check_alike([*records, records[0] | {"ranker": "DIN", "commit": "beef"}])
     with pytest.raises(SystemExit, match="no runs"):
         tables.check_alike([])
 
@@ -253,7 +278,7 @@ def test_the_publishers_file_stands_above_a_part_of_it(script: ModuleType, tmp_p
 
 def test_all_suites_can_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     suite = load(monkeypatch, "suite")
-    for name in ("movielens", "amazon", "encoders"):
+    for name in ("movielens", "amazon", "encoders", "draws"):
         cells = list(suite.load_suite(name, tmp_path).cells())
         assert all(row.name not in dataset.without for dataset, _, row in cells)
         assert len({(dataset.name, split, row.group, row.label) for dataset, split, row in cells}) == len(cells) >= 6
