@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from torchrec_em3 import checkpoint_manifest as manifest
 from torchrec_em3.checkpoint_manifest import METADATA_FILE, PROGRESS_FILE, Digest, OtherFormat
-from torchrec_em3.checkpoint_metadata import MetadataReader, check_column_shards, check_metadata
+from torchrec_em3.checkpoint_metadata import MetadataReader, check_column_shards, check_metadata, saved_names
 from torchrec_em3.errors import CheckpointError
 from torchrec_em3.faults import fault_point
 from torchrec_em3.process_group import Ranks
@@ -74,14 +74,17 @@ class CheckpointFolder:
             else f"no checkpoint in {self.folder}; did training reach one?"
         )
 
-    def best_good(self) -> int:
+    def best_good(self, chosen: int | None = None) -> int:
         """Return the step of the best validation, or the newest good one in its place. Collective.
+
+        Args:
+            chosen: The best as training said at its end; None: as the newest checkpoint says.
 
         Raises:
             CheckpointError: If no checkpoint is whole.
         """
         newest = self.newest_good()
-        best = int(self.progress(newest)["best_step"])
+        best = int(self.progress(newest)["best_step"]) if chosen is None else chosen
         if best in (newest, -1):
             return newest
         if self.is_good(best):
@@ -210,6 +213,8 @@ class CheckpointFolder:
             check_column_shards(folder, state["optimizer"]["state"])
         same_ranks = progress["world_size"] == self._ranks.world_size
         random_state = _random_state(self._ranks) if same_ranks and optimizer else {}
+        # One written on a CPU has no state of a GPU's generator.
+        random_state = {name: random_state[name] for name in random_state.keys() & saved_names(folder)}
         state.update(random_state)
         try:
             state_dict_loader.load(state, storage_reader=MetadataReader(folder))
@@ -234,12 +239,13 @@ class CheckpointFolder:
 
         Args:
             keep: Steps to keep whatever their age.
-            newest: How many of the last ones to keep; the last one known to be whole is kept in any case.
+            newest: How many of the last of the others to keep; the last one known to be whole is kept in any case.
         """
         if not self._ranks.is_first:
             return
         steps = self.steps()
-        kept = {*keep, *steps[-newest:], *sorted(self._good.intersection(steps))[-1:]}
+        others = [step for step in steps if step not in keep]
+        kept = {*keep, *others[-newest:], *sorted(self._good.intersection(steps))[-1:]}
         for step in steps:
             if step not in kept:
                 shutil.rmtree(self.path(step), ignore_errors=True)

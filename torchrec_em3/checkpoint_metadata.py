@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torchrec_em3.checkpoint_manifest import METADATA_FILE, read_manifest
 from torchrec_em3.errors import CheckpointError
 
-__all__ = ["MetadataReader", "check_column_shards", "check_metadata", "read_metadata"]
+__all__ = ["MetadataReader", "check_column_shards", "check_metadata", "read_metadata", "saved_names"]
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 ALLOWED = frozenset(
@@ -65,6 +65,11 @@ def read_metadata(folder: Path) -> Metadata:
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{path} is refused: it holds a {type(metadata).__name__} in place of metadata")
     return metadata
+
+
+def saved_names(folder: Path) -> set[str]:
+    """Return the names of what a checkpoint holds."""
+    return set(read_metadata(folder).state_dict_metadata)
 
 
 def check_metadata(folder: Path) -> None:

@@ -47,7 +47,7 @@ class CheckpointSaver:
             checkpoints: Where to.
             ranks: This process among its peers.
             background: Whether to write in a thread; the host memory of a rank must then hold its state twice.
-            keep: Checkpoints to keep besides the best one.
+            keep: How many of the newest to keep besides the best one.
             mirror: Where each one is copied to, on rank 0.
         """
         self._checkpoints, self._ranks, self._keep, self._mirror = checkpoints, ranks, keep, mirror

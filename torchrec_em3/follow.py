@@ -28,6 +28,7 @@ from torchrec_em3.progressive import add_shard, cumulative_metrics
 from torchrec_em3.runlog import RunLog
 from torchrec_em3.sharding import ShardedModel
 from torchrec_em3.streams import open_stream
+from torchrec_em3.trained_run import best_step
 from torchrec_em3.training_steps import Progress, TrainingSteps, restored, saved_values
 
 __all__ = ["Follower", "StreamProgress"]
@@ -103,7 +104,7 @@ class Follower:
             CheckpointError: If it has none that is whole, or one of another model.
         """
         others = CheckpointFolder(run / "checkpoints", self._ranks)
-        step = others.best_good()
+        step = best_step(run, others)
         others.load(step, self._sharded)
         self.progress.step = self._sharded.model.step = step
         logger.info("started from %s", others.path(step))
@@ -258,15 +259,12 @@ class Follower:
         if progress.step % options.log_every == 0:
             values: dict[str, float | None] = {**self._steps.take_averages(), "samples": progress.samples}
             self._log.scalars("train", step=progress.step, epoch=progress.epoch, values=values)
-        if self._steps.stop_agreed:
-            self._stop()
-        # At its end a shard is saved anyway, with the next one's place.
-        if (
-            options.checkpoint_every
-            and progress.step % options.checkpoint_every == 0
-            and progress.row < stream.num_rows
-        ):
-            self._save()
+        # At its end a shard is saved anyway, with the next one's place, and a stop is looked for before that.
+        if progress.row < stream.num_rows:
+            if self._steps.stop_agreed:
+                self._stop()
+            if options.checkpoint_every and progress.step % options.checkpoint_every == 0:
+                self._save()
         return True
 
     def _stop(self) -> None:
@@ -275,7 +273,9 @@ class Follower:
         raise Preempted(f"stopped by SIGTERM at step {self.progress.step}; continue with --resume")
 
     def _save(self) -> None:
-        self._saver.save(self.progress.step, self._sharded, saved_values(self.progress, self._ranks), best_step=-1)
+        # None is the best: the newest stands in its place.
+        saved, step = saved_values(self.progress, self._ranks), self.progress.step
+        self._saver.save(step, self._sharded, saved, best_step=step)
 
     def _memory_path(self, shard: int) -> Path:
         return self._memory_folder / f"{shard:08d}.npz"

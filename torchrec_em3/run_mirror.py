@@ -109,7 +109,8 @@ class RunMirror:
             with store_errors(self._url, CheckpointError):
                 for number in sorted({best_step, step} - {-1}):
                     self._store.put(number, folder / f"step-{number}")
-                for old in self._store.found().keys() - {best_step, *self._store.steps()[-self._keep :]}:
+                others = [number for number in self._store.steps() if number != best_step]
+                for old in self._store.found().keys() - {best_step, *others[-self._keep :]}:
                     self._store.remove(old)
         except EM3Error as error:
             self._problem = str(error)

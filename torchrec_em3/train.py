@@ -15,6 +15,7 @@ from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.errors import NumericError, Preempted
 from torchrec_em3.evaluate import evaluate_split
 from torchrec_em3.faults import fault_point
+from torchrec_em3.number_format import decimals
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.run_mirror import RunMirror
 from torchrec_em3.runlog import RunLog
@@ -176,18 +177,16 @@ class Trainer:
         values |= {f"{name}/{task}": tasks[task][name] for task in tasks for name in ("auc", "gauc", "ne", "logloss")}
         self._log.scalars("validation", step=progress.step, epoch=progress.epoch, values=values)
         logger.info(
-            "step %d  validation AUC %.4f  GAUC %s  NE %.4f  items never trained on: AUC %s (n=%d)%s",
+            "step %d  validation AUC %s  GAUC %s  NE %s  items never trained on: AUC %s (n=%d)%s",
             progress.step,
-            metrics["auc"],
-            _decimals(metrics["gauc"]),
-            metrics["ne"],
-            _decimals(unseen["auc"]),
+            *(decimals(metrics[name]) for name in ("auc", "gauc", "ne")),
+            decimals(unseen["auc"]),
             unseen["n"],
             "  best so far" if progress.stale_validations == 0 else "",
         )
         for task, found in tasks.items():
             logger.info(
-                "  %s: AUC %s  GAUC %s  NE %s", task, *(_decimals(found[name]) for name in ("auc", "gauc", "ne"))
+                "  %s: AUC %s  GAUC %s  NE %s", task, *(decimals(found[name]) for name in ("auc", "gauc", "ne"))
             )
         self._save()
 
@@ -209,7 +208,3 @@ class Trainer:
         self._sharded.model.step = self.progress.step
         self._log.rewind(self.progress.step)
         logger.info("resumed at step %d, epoch %d", self.progress.step, self.progress.epoch + 1)
-
-
-def _decimals(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"

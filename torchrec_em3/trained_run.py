@@ -12,10 +12,10 @@ from torchrec_em3.config import Config
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.errors import CheckpointError
 from torchrec_em3.process_group import Ranks
-from torchrec_em3.run_folder import read_run
+from torchrec_em3.run_folder import check_data, read_run, read_training
 from torchrec_em3.sharding import ShardedModel
 
-__all__ = ["TrainedRun", "describe_origin", "open_trained_run"]
+__all__ = ["TrainedRun", "best_step", "describe_origin", "open_trained_run"]
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,32 @@ def open_trained_run(run: Path, ranks: Ranks, data_folder: str = "") -> TrainedR
 
     Raises:
         CheckpointError: If this is no run folder, or it has no checkpoint, or a damaged one.
-        DataError: If the prepared folder cannot be opened.
+        DataError: If the prepared folder cannot be opened, or is not the one that the run was trained on.
     """
     config = read_run(run)
     if data_folder:
         config = dataclasses.replace(config, data=data_folder)
     data = open_data(config)
+    check_data(run, data)
     checkpoints = CheckpointFolder(run / "checkpoints", ranks)
-    step = checkpoints.best_good()
+    step = best_step(run, checkpoints)
     sharded = build_sharded(config, data, ranks)
     progress = checkpoints.load(step, sharded, optimizer=False)
     sharded.model.step = step
     sharded.module.eval()
     return TrainedRun(config, data, sharded, progress, describe_origin(checkpoints, step, data))
+
+
+def best_step(run: Path, checkpoints: CheckpointFolder) -> int:
+    """Return the step of the best validation, or the newest good one in its place. Collective.
+
+    A run that was stopped just before its last validation has the outcome in `training.json` alone.
+
+    Raises:
+        CheckpointError: If no checkpoint is whole.
+    """
+    training = read_training(run)
+    return checkpoints.best_good(None if training is None else training["best_step"])
 
 
 def describe_origin(checkpoints: CheckpointFolder, step: int, data: PreparedData) -> dict[str, str]:

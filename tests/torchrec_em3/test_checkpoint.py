@@ -14,6 +14,7 @@ import torch
 
 import tests.tiny_parts  # noqa: F401
 from benchmarks.whole_em3 import WHOLE_EM3
+from torchrec_em3 import checkpoint as checkpoint_module
 from torchrec_em3 import cli
 from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder
@@ -25,6 +26,7 @@ from torchrec_em3.errors import CheckpointError
 from torchrec_em3.faults import VARIABLE
 from torchrec_em3.parsing import resolve_parts
 from torchrec_em3.process_group import Ranks, process_group
+from torchrec_em3.run_folder import read_run
 from torchrec_em3.sharding import ShardedModel
 
 DAMAGES = ["flip", "truncate", "delete", "metadata", "no_manifest", "torn_manifest", "empty_manifest"]
@@ -261,6 +263,30 @@ def test_retention_keeps_the_best_and_the_last_known_to_be_good(run: Path, ranks
     folder.retain({5}, 1)
     assert folder.steps() == [5, 10, 18], "18 was never verified, so 10 stays"
     assert not (folder.folder / ".step-7.tmp").exists()
+
+
+def test_retention_keeps_one_to_fall_back_on_besides_the_best(run: Path, ranks: Ranks) -> None:
+    folder = CheckpointFolder(run / "checkpoints", ranks)
+    assert folder.steps() == [5, 10, 15, 18]
+    folder.retain({18}, 1)
+    assert folder.steps() == [15, 18], "the newest is the best"
+    folder.retain({15}, 1)
+    assert folder.steps() == [15, 18]
+
+
+def test_a_generator_that_the_checkpoint_does_not_know_is_left_as_it_is(
+    run: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, for a run that began on a CPU."""
+    own = checkpoint_module._random_state
+    more = {"random/0/cuda": torch.zeros(16, dtype=torch.uint8)}
+    monkeypatch.setattr(checkpoint_module, "_random_state", lambda ranks: own(ranks) | more)
+    config = read_run(run)
+    sharded = build_sharded(config, open_data(config), ranks)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert CheckpointFolder(run / "checkpoints", ranks).load(18, sharded)["step"] == 18
+    assert not torch.get_rng_state().equal(before), "that of the CPU is there"
 
 
 @pytest.mark.fault

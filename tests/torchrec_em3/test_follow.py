@@ -129,6 +129,28 @@ def test_a_stopped_stream_resumes_exactly(
     assert lines(tmp_path / "run") == lines(calm)
 
 
+def test_a_shard_that_is_trained_on_may_be_removed_though_the_run_was_stopped_at_its_end(
+    tiny_data: Path, tmp_path: Path, calm: Path, trained: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, arrived = config_for(tiny_data, tmp_path / "run"), tmp_path / "shards"
+    shutil.copytree(shards, arrived)
+    original = follow_module.Follower._train_step
+    last = lines(calm)[0]["step"] + 3
+
+    def step(self: Any, batches: Any, stream: Any) -> bool:
+        if self.progress.step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batches, stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(follow_module.Follower, "_train_step", step)
+        with pytest.raises(Preempted, match=f"at step {last + 1}"):
+            fit(config, arrived, trained)
+    min(arrived.glob("*.parquet")).unlink()
+    fit(config, arrived, trained, resume=True)
+    assert lines(tmp_path / "run") == lines(calm)
+
+
 def test_a_kill_between_measuring_and_training_measures_once(
     tiny_data: Path, tmp_path: Path, calm: Path, trained: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import tests.tiny_parts  # noqa: F401
 from benchmarks.whole_em3 import WHOLE_EM3
 from tests.stopped_training import before_step, interrupt, terminate
 from torchrec_em3 import train as train_module
+from torchrec_em3.commands.follow import follow
 from torchrec_em3.commands.train import main, train
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig
-from torchrec_em3.errors import ConfigError, NumericError, Preempted
+from torchrec_em3.errors import ConfigError, DataError, NumericError, Preempted
 from torchrec_em3.parsing import dump_config, resolve_parts
 from torchrec_em3.process_group import process_group
+from torchrec_em3.trained_run import open_trained_run
 
 
 def config_for(data: Path, run: Path) -> Config:
@@ -106,6 +109,108 @@ def test_a_bad_loss_updates_nothing(tiny_data: Path, tmp_path: Path, monkeypatch
         fit(config_for(tiny_data, tmp_path / "run"))
     for name, value in seen["model"].named_parameters():
         assert value.equal(seen["before"][name]), name
+
+
+@pytest.mark.parametrize("last", [9, 18])
+def test_the_best_of_a_run_is_that_of_its_last_validation_though_it_was_stopped_before(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    """The checkpoint of the stop is not written again after the validation, so it says what was best before."""
+    measure, aucs = train_module.evaluate_split, iter([0.6, 0.7])
+
+    def better_and_better(*arguments: Any, **options: Any) -> Any:
+        return measure(*arguments, **options) | {"auc": next(aucs)}
+
+    monkeypatch.setattr(train_module, "evaluate_split", better_and_better)
+    options = TrainConfig(epochs=1, log_every=1, evaluate_every=9, patience=9, keep_checkpoints=9)
+    config = dataclasses.replace(config_for(tiny_data, tmp_path / "run"), train=options)
+    with before_step(last - 1, terminate), pytest.raises(Preempted, match=f"at step {last}"):
+        fit(config)
+    fit(config, resume=True)
+    with process_group() as ranks:
+        trained = open_trained_run(tmp_path / "run", ranks)
+    assert trained.progress["step"] == 18
+    assert trained.origin["checkpoint"].startswith("step-18 ")
+
+
+def test_a_run_is_not_used_with_other_data(tiny_data: Path, tmp_path: Path, calm: tuple[Path, dict[str, Any]]) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(calm[0], run)
+    shutil.copytree(tiny_data, data)
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps(meta | {"content_hash": "another"}))
+    before = (run / "summary.json").read_bytes()
+    for use in (
+        lambda ranks: open_trained_run(run, ranks, str(data)),
+        lambda ranks: train(resolve_parts(config_for(data, run)), ranks, resume=True),
+        lambda ranks: follow(resolve_parts(config_for(data, tmp_path / "live")), ranks, tmp_path, run),
+    ):
+        with process_group() as ranks, pytest.raises(DataError, match=r"content_hash is another, but .* trained"):
+            use(ranks)
+    assert (run / "summary.json").read_bytes() == before
+    (run / "data.json").unlink()
+    with process_group() as ranks:
+        open_trained_run(run, ranks, str(data))  # a run of before it was recorded
+
+
+def test_an_option_that_does_not_change_what_is_trained_may_change(
+    tiny_data: Path, tmp_path: Path, calm: tuple[Path, dict[str, Any]]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(calm[0], run)
+    config = config_for(tiny_data, run)
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=3))
+    fit(longer, resume=True)
+    assert lines(run)[-1]["samples"] > lines(calm[0])[-1]["samples"]
+
+
+@pytest.mark.parametrize("left", ["other options", "no checkpoint"])
+def test_a_restart_leaves_alone_a_run_that_it_did_not_begin(
+    tiny_data: Path,
+    tmp_path: Path,
+    calm: tuple[Path, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    left: str,
+) -> None:
+    """torchrun starts again after any failure, so also where the first start was refused because of this run."""
+    run = tmp_path / "run"
+    shutil.copytree(calm[0], run)
+    config = config_for(tiny_data, run)
+    if left == "other options":
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=3))
+    else:
+        (run / "config.yaml").write_text(dump_config(resolve_parts(config)))
+        shutil.rmtree(run / "checkpoints")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    for attempt in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        with pytest.raises(ConfigError, match="already holds a run"):
+            main(["--config", str(tmp_path / "config.yaml")])
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_is_no_run_is_not_overwritten(tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("mine: 1")
+    with process_group() as ranks, pytest.raises(ConfigError, match="so it is no run; choose another folder"):
+        train(resolve_parts(config_for(tiny_data, tmp_path)), ranks, overwrite=True)
+    assert (tmp_path / "config.yaml").read_text() == "mine: 1"
+
+
+def test_a_validation_with_one_class_alone_is_still_said(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    measure = train_module.evaluate_split
+
+    def of_one_class(*arguments: Any, **options: Any) -> Any:
+        return measure(*arguments, **options) | {"auc": None, "gauc": None, "ne": None}
+
+    monkeypatch.setattr(train_module, "evaluate_split", of_one_class)
+    caplog.set_level("INFO")
+    options = TrainConfig(epochs=1, select_by="logloss")
+    fit(dataclasses.replace(config_for(tiny_data, tmp_path / "run"), train=options))
+    [said] = [record.getMessage() for record in caplog.records if "validation AUC" in record.msg]
+    assert "validation AUC \N{EN DASH}  GAUC \N{EN DASH}  NE \N{EN DASH}  items" in said
 
 
 def test_resume_refuses_other_options_and_missing_runs(

@@ -1,16 +1,15 @@
 """`em3 evaluate`: measure the best checkpoint of a run again."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from torchrec_em3.commands.train import TRAINING_FILE, measure
+from torchrec_em3.commands.train import measure
 from torchrec_em3.missing_modalities import measure_without_modalities
+from torchrec_em3.number_format import decimals
 from torchrec_em3.parsing import CommandParser
 from torchrec_em3.process_group import process_group
-from torchrec_em3.run_folder import peak_rss_bytes
+from torchrec_em3.run_folder import peak_rss_bytes, read_training
 from torchrec_em3.runlog import configure_logging
 from torchrec_em3.trained_run import open_trained_run
 
@@ -38,21 +37,14 @@ def main(arguments: Sequence[str]) -> None:
         if values.drop_modality:
             path, found = measure_without_modalities(run, trained, ranks, values.drop_modality, values.drop_seed)
             for split in ("validation", "test"):
-                logger.info("%s  AUC %.4f with modalities left out", split, found[split]["auc"])
+                logger.info("%s  AUC %s with modalities left out", split, decimals(found[split]["auc"]))
             logger.info("wrote %s", path)
             return
         progress = trained.progress
-        training = _recorded(run) or {
+        training = read_training(run) or {
             "samples": progress["samples"],
             "cpu_seconds": progress["cpu_seconds"],
             "peak_rss_bytes": peak_rss_bytes(ranks),
         }
         training["best_step"] = progress["step"]
         measure(run, trained.config, trained.data, trained.sharded, ranks, training)
-
-
-def _recorded(run: Path) -> dict[str, Any] | None:
-    """Return what training wrote of itself, or None if it did not get to the end."""
-    path = run / TRAINING_FILE
-    recorded: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return recorded

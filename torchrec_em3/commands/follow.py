@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchrec_em3.build import build_sharded, open_data
-from torchrec_em3.commands.train import TRAINING_FILE, add_start_arguments, how_to_start
+from torchrec_em3.commands.train import add_start_arguments, how_to_start
 from torchrec_em3.config import Config
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.follow import Follower
 from torchrec_em3.parsing import CommandParser, parse_config
 from torchrec_em3.process_group import Ranks, process_group
-from torchrec_em3.run_folder import create_run, peak_rss_bytes
+from torchrec_em3.run_folder import TRAINING_FILE, check_data, create_run, peak_rss_bytes
 from torchrec_em3.runlog import configure_logging, write_json
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,10 @@ def follow(
     if start_from is not None and start_from.resolve() == Path(config.run).resolve():
         raise ConfigError(f"--start_from {start_from} is --run itself; give the new run a folder of its own")
     data = open_data(config)
+    if start_from is not None:
+        check_data(start_from, data)
     sharded = build_sharded(config, data, ranks)
-    run = create_run(config, ranks, sharded.plan, resume=resume, overwrite=overwrite)
+    run = create_run(config, data, ranks, sharded.plan, resume=resume, overwrite=overwrite)
     follower = Follower(config, run, data, sharded, ranks, shards, idle)
     if start_from is not None and not resume:
         follower.start_from(start_from)

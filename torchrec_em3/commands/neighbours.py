@@ -11,9 +11,9 @@ from torchrec_em3.item_embeddings import ItemEmbeddings, embed_catalogue
 from torchrec_em3.neighbours import SPACES, Neighbour, find_items, nearest_items
 from torchrec_em3.parsing import CommandParser
 from torchrec_em3.process_group import process_group
-from torchrec_em3.run_folder import read_run
+from torchrec_em3.run_folder import check_data, read_run
 from torchrec_em3.runlog import configure_logging
-from torchrec_em3.trained_run import describe_origin, open_trained_run
+from torchrec_em3.trained_run import best_step, describe_origin, open_trained_run
 
 DESCRIPTION = "Print the items nearest to one item by cosine, by content and by ID where it has both."
 MAX_CANDIDATES = 20
@@ -49,8 +49,9 @@ def _embeddings(run: Path, data_folder: str) -> ItemEmbeddings:
     config = read_run(run)
     with process_group() as ranks:
         data = open_data(dataclasses.replace(config, data=data_folder or config.data))
+        check_data(run, data)
         checkpoints = CheckpointFolder(run / "checkpoints", ranks)
-        origin = describe_origin(checkpoints, checkpoints.best_good(), data)
+        origin = describe_origin(checkpoints, best_step(run, checkpoints), data)
         items = ItemEmbeddings.read(run / "items", origin)
         if items is None:
             items = embed_catalogue(open_trained_run(run, ranks, data_folder), ranks)

@@ -17,13 +17,20 @@ from torchrec_em3.evaluate import evaluate_split, save_embeddings
 from torchrec_em3.number_format import decimals
 from torchrec_em3.parsing import CommandParser, parse_config
 from torchrec_em3.process_group import Ranks, process_group
-from torchrec_em3.run_folder import create_run, peak_rss_bytes, write_summary
+from torchrec_em3.run_folder import (
+    TRAINING_FILE,
+    create_run,
+    holds_run_of,
+    is_run,
+    peak_rss_bytes,
+    read_training,
+    write_summary,
+)
 from torchrec_em3.run_mirror import open_mirror, restore_run
 from torchrec_em3.runlog import configure_logging, write_json
 from torchrec_em3.sharding import ShardedModel
 from torchrec_em3.train import Progress, Trainer
 
-TRAINING_FILE = "training.json"
 logger = logging.getLogger(__name__)
 DESCRIPTION = "Train a model on a prepared folder; under torchrun or torchx the same command trains on many processes."
 
@@ -46,11 +53,22 @@ def how_to_start(values: Namespace, config: Config, ranks: Ranks) -> tuple[bool,
     if config.run and config.train.mirror and (restarted or values.resume):
         restore_run(config, ranks)
     if restarted:
-        # torchrun, or a scheduler, starts the gang again with the same arguments after a failure: go on, or begin
-        # anew if nothing is saved.
-        resume = ranks.broadcast(CheckpointFolder(Path(config.run) / "checkpoints", ranks).was_used())
-        return resume, not resume
+        return ranks.broadcast(_start_again(values, config, ranks))
     return values.resume, values.overwrite
+
+
+def _start_again(values: Namespace, config: Config, ranks: Ranks) -> tuple[bool, bool]:
+    """Return what `how_to_start` does where torchrun, or a scheduler, starts the same command after a failure.
+
+    It goes on, or begins anew if nothing is saved. A run with other options, or one that has ended without leaving a
+    checkpoint, is none that the same command began and failed in, so it is not touched unless it was said.
+    """
+    run = Path(config.run)
+    if not holds_run_of(run, config):
+        return values.resume and is_run(run), values.overwrite
+    if CheckpointFolder(run / "checkpoints", ranks).was_used():
+        return True, False
+    return False, values.overwrite or read_training(run) is None
 
 
 def add_start_arguments(parser: CommandParser) -> None:
@@ -81,7 +99,7 @@ def train(
     data = open_data(config)
     sharded = build_sharded(config, data, ranks)
     mirror = open_mirror(config, ranks, resume=resume, overwrite=overwrite) if config.train.mirror else None
-    run = create_run(config, ranks, sharded.plan, resume=resume, overwrite=overwrite)
+    run = create_run(config, data, ranks, sharded.plan, resume=resume, overwrite=overwrite)
     with mirror or contextlib.nullcontext():
         trainer = Trainer(config, run, data, sharded, ranks, mirror)
         trainer.fit(resume=resume)
