@@ -18,7 +18,7 @@ from torchrec_em3.datasets.ordered_events import OrderedEvents
 from torchrec_em3.datasets.raw import RawDataset
 from torchrec_em3.datasets.user_groups import user_groups
 from torchrec_em3.datasets.vocabulary import index_values
-from torchrec_em3.errors import ConfigError
+from torchrec_em3.errors import ConfigError, DataError
 from torchrec_em3.registry import closest
 
 __all__ = ["Histories", "IndexedDataset", "Rows", "build_histories", "index_dataset", "rank_rows"]
@@ -119,6 +119,7 @@ def index_dataset(
     item_ids, catalogue_code = encode_ids(raw.items.item_id)
     item_code = _catalogue_codes(raw.item_id, item_ids)
     split_E, cuts = _split(split, raw, user_code, len(user_ids), item_code, seed)
+    _check_parts(split, split_E)
     drawn = _draw_negatives(raw, user_code, item_code, label["label"], split_E, negatives, negative_sampling, seed)
     train = split_E == splits.TRAIN
     users, user_row = rank_rows(user_ids, user_code[train])
@@ -238,6 +239,17 @@ def build_histories(
         end[by_user] = offsets[first_user] + (np.cumsum(kept) - kept)[first]
         items[offsets[first_user] : offsets[end_user]] = item[by_user[kept]]
     return Histories(offsets.astype(np.int64), items, end)
+
+
+def _check_parts(split: str, split_E: np.ndarray) -> None:
+    """Refuse a split of which a part is empty: there would be nothing to choose or to measure by."""
+    counts = np.bincount(split_E, minlength=3)
+    if not counts.all():
+        train, validation, test = counts.tolist()
+        raise DataError(
+            f"--split {split} of {len(split_E)} events leaves {train} to train, {validation} to validate and {test} to "
+            "test; each part needs one at least: give more events or another --split"
+        )
 
 
 def _split(

@@ -76,7 +76,7 @@ class ParquetTable:
         column = self._whole(name)
         if is_time:
             column = column.cast(pa.timestamp("s", getattr(kind, "tz", None)), safe=False)
-        return column.cast(pa.int64()).to_numpy()
+        return _guarded(self.place, lambda: column.cast(pa.int64())).to_numpy()
 
     def label(self, name: str) -> np.ndarray:
         """Return a column of 0 and 1, or of truth values, as int8 [R]."""
@@ -102,7 +102,9 @@ class ParquetTable:
         kind = _plain(self._type(name))
         suits = _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
         self._expect(name, suits, "a string, an integer or a truth value")
-        return pc.fill_null(self._column(name).cast(kind).cast(pa.string()), "").to_pylist()
+        column = self._column(name).cast(kind)
+        _guarded(self.place, lambda: column.validate(full=True))
+        return pc.fill_null(column.cast(pa.string()), "").to_pylist()
 
     def _type(self, name: str) -> pa.DataType:
         if name not in self.names:
@@ -116,7 +118,7 @@ class ParquetTable:
 
     def _encoded(self, name: str) -> pa.DictionaryArray:
         """Encode parts one by one, so that the strings of all rows are never there at once."""
-        encoded = [_as_strings(chunk) for chunk in self._chunks(name)]
+        encoded = _guarded(self.place, lambda: [_as_strings(chunk) for chunk in self._chunks(name)])
         return pa.chunked_array(encoded, ID_TYPE).unify_dictionaries().combine_chunks()
 
     def _chunks(self, name: str) -> list[pa.Array]:
@@ -152,4 +154,5 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _as_strings(chunk: pa.Array) -> pa.DictionaryArray:
     encoded = chunk if isinstance(chunk, pa.DictionaryArray) else chunk.dictionary_encode()
+    encoded.dictionary.validate(full=True)  # strings must be UTF-8
     return pa.DictionaryArray.from_arrays(encoded.indices.cast(pa.int32()), encoded.dictionary.cast(pa.string()))

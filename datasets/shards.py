@@ -96,10 +96,12 @@ def split_into_shards(data: PreparedData, split: Split, count: int, out: Path) -
 
     Raises:
         ConfigError: If the folder has sampled negatives.
-        DataError: If `out` holds shards already, or the prepared folder is damaged.
+        DataError: If `out` is a file or holds shards already, or the prepared folder is damaged.
     """
     if data.meta["negatives"]["rows"]:
         raise ConfigError(f"{data.folder} has sampled negatives, which are no events; prepare it with --negatives 0")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is a file; give a folder")
     if out.is_dir() and list_shards(out):
         raise DataError(f"{out}: holds shards already; give another folder")
     rows = data.split_rows(split)

@@ -220,3 +220,18 @@ def test_ids_of_all_batches_share_one_dictionary(tmp_path: Path) -> None:
     assert [int(value) for value in raw.user_id.take(pa.array([0, 123_456, 299_999])).to_pylist()] == [
         int(user[place]) for place in (0, 123_456, 299_999)
     ]
+
+
+def test_a_time_beyond_int64_is_refused(tmp_path: Path) -> None:
+    events = EVENTS | {"timestamp": pa.array([100, 160, 200, 2**63], pa.uint64())}
+    with pytest.raises(DataError, match=r"events.parquet: cannot be read as Parquet \(.*9223372036854775808"):
+        read_parquet_folder(write(tmp_path, events=events))
+
+
+@pytest.mark.parametrize(("table", "column"), [("events", "user_id"), ("items", "title")])
+def test_strings_that_are_not_utf8_are_refused(tmp_path: Path, table: str, column: str) -> None:
+    tables = {"events": EVENTS, "items": ITEMS}
+    broken = pa.array([b"\xff\xfe"] * len(tables[table][column]), pa.binary()).view(pa.string())
+    tables[table] = tables[table] | {column: broken}
+    with pytest.raises(DataError, match=rf"{table}.parquet: cannot be read as Parquet \(.*UTF8"):
+        read_parquet_folder(write(tmp_path, **tables))

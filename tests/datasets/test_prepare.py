@@ -97,6 +97,14 @@ def test_leave_last_leaves_last(tmp_path: Path) -> None:
     assert indexed.time_cuts is None
 
 
+def test_a_split_with_an_empty_part_is_refused() -> None:
+    raw = make_raw()
+    first = np.unique(raw.user_id, return_index=True)[1]
+    once = replace(raw, **{name: getattr(raw, name)[first] for name in ("user_id", "item_id", "rating", "timestamp")})
+    with pytest.raises(DataError, match=f"leave_last of {len(first)} events leaves {len(first)} to train, 0 to valid"):
+        index_dataset(once, split="leave_last", seed=0, label_threshold=4.0)
+
+
 @pytest.mark.parametrize("timed", [True, False])
 def test_cold_items_leave_warm_events_to_time_or_to_each_users_order(timed: bool) -> None:
     raw = replace(make_raw(), timed=timed)

@@ -52,6 +52,12 @@ def test_a_folder_with_sampled_negatives_is_refused(tiny_data: Path, tmp_path: P
         split_into_shards(data, "test", 4, tmp_path)
 
 
+def test_shards_do_not_go_where_a_file_is(tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "shards").touch()
+    with pytest.raises(DataError, match="shards: is a file"):
+        split_into_shards(PreparedData.open(tiny_data), "test", 2, tmp_path / "shards")
+
+
 def test_unfinished_and_other_files_are_no_shards(tmp_path: Path) -> None:
     write_shard(tmp_path / "b.parquet", columns())
     write_shard(tmp_path / "a.parquet", columns())
