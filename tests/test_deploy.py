@@ -26,6 +26,22 @@ def test_every_field_is_one_that_kubernetes_knows(file: str, kind: str, document
     assert client.sanitize_for_serialization(model) == document
 
 
+def test_the_image_has_what_the_commands_of_the_manifests_need() -> None:
+    commands = {container["command"][1] for container in _containers([document for _, _, document in MANIFESTS])}
+    assert "serve" in commands
+    assert "-r requirements/serve.txt" in (ROOT / "deploy" / "Dockerfile").read_text()
+
+
+def _containers(tree: object) -> list[dict[str, list[str]]]:
+    """Return whatever has a command, at any depth."""
+    if isinstance(tree, list):
+        return [found for part in tree for found in _containers(part)]
+    if not isinstance(tree, dict):
+        return []
+    own = [tree] if tree.get("command", [""])[0] == "em3" else []
+    return own + _containers(list(tree.values()))
+
+
 def test_the_image_copies_what_is_there_and_not_ignored() -> None:
     copied = re.findall(r"^COPY (?!--)(\S+) ", (ROOT / "deploy" / "Dockerfile").read_text(), re.MULTILINE)
     kept = re.findall(r"^!(\S+)$", (ROOT / "deploy" / "Dockerfile.dockerignore").read_text(), re.MULTILINE)
