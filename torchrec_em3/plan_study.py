@@ -24,8 +24,8 @@ __all__ = ["DEFAULT_TOKENS", "plan_for", "planned_schema", "study", "summary"]
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TOKENS = "image=49x320,text=32x384"
-"""Tokens of an item from the encoders that come with the package."""
+DEFAULT_TOKENS = "image=16x128,text=32x128"
+"""Tokens of an item as `em3 prepare` stores them unless told otherwise."""
 SMALL_CACHE = 0.05
 """Share of the rows that the UVM caching option keeps on the device."""
 MIN_DIM = 8
@@ -57,7 +57,7 @@ def planned_schema(rows: str, tokens: str) -> FeatureSchema:
 
     Args:
         rows: Rows by table, "user=1e9,item=1e10": `item` and the user features. Row 0 comes on top, as in real data.
-        tokens: Tokens of an item by modality, "image=49x320,text=32x384": number and width; empty without content.
+        tokens: Tokens of an item by modality, "image=16x128,text=32x128": number and width; empty without content.
 
     Raises:
         ConfigError: If either does not read so, or `item` is missing.
@@ -238,5 +238,5 @@ def _row_count(name: str, value: str) -> int:
 def _modality(name: str, value: str) -> ModalitySpec:
     count, _, width = value.partition("x")
     if not (count.isdigit() and width.isdigit() and int(count) and int(width)):
-        raise ConfigError(f"--tokens {name}={value} must be NUMBERxWIDTH, for example 32x384")
+        raise ConfigError(f"--tokens {name}={value} must be NUMBERxWIDTH, for example 32x128")
     return ModalitySpec(name, dim=int(width), max_tokens=int(count))
