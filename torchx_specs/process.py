@@ -34,7 +34,7 @@ def prepare(
 
     Args:
         script_args: further options of `em3 prepare KIND`, after a lone --, for example --source ml-1m
-        kind: movielens, amazon, sequences or simulated
+        kind: parquet, movielens, amazon, sequences or simulated
         out: prepared folder to write
         max_retries: restarts after a failure, where the scheduler has them
         image: container image with torchrec-em3 installed, for schedulers that need one

@@ -51,7 +51,10 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         "--out", type=str, default="", help="Folder to write; RUN/items, or RUN/new_items for new items, by default."
     )
     parser.add_argument(
-        "--new_items", type=str, default="", help="Folder with items.csv and pictures; these are embedded instead."
+        "--new_items",
+        type=str,
+        default="",
+        help="Folder with items.parquet or else items.csv, and pictures; these are embedded instead.",
     )
     parser.add_argument("--faiss", action="store_true", help="Also write a FAISS index over the content.")
     parser.add_argument("--data", type=str, default="", help="Prepared folder, if it has moved since training.")
