@@ -6,7 +6,7 @@ Shape letters: I item rows (row 0, "unknown", included), D width.
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -79,9 +79,9 @@ def export_package(trained: TrainedRun, out: Path, precision: Precision, ranks: 
         content = None
         if model.content is not None:
             content = catalogue_content(model.content, model.item_rows, ranks.device)
-        float_bytes = _write_tensors(folder, trained, content, precision, ranks.device)
+        widths, float_bytes = _write_tensors(folder, trained, content, precision, ranks.device)
         _write_vocabularies(folder, trained.data)
-        config = _config(folder, trained, precision)
+        config = _config(folder, trained, precision, widths)
         write_json(folder / CONFIG_FILE, config.as_dict())
         parity = measure_parity(Scorer(folder), trained, content, ranks)
         config = dataclasses.replace(config, parity=parity._asdict())
@@ -102,13 +102,16 @@ def new_folder(out: Path) -> Iterator[Path]:
     """Lend a folder beside `out` that becomes `out` at the end, and is removed if anything is raised.
 
     Raises:
-        ConfigError: If `out` exists.
+        ConfigError: If `out` exists or cannot be made.
     """
     if out.exists():
         raise ConfigError(f"--out {out} exists, and a package in use must not change; choose another folder")
     folder = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made ({error.strerror}); choose another folder") from error
     try:
         yield folder
         folder.rename(out)
@@ -118,8 +121,8 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def _write_tensors(
     folder: Path, trained: TrainedRun, content: CatalogueContent | None, precision: Precision, device: torch.device
-) -> int:
-    """Write the tables and the graph; return the bytes that the tables would take in float32."""
+) -> tuple[dict[str, int], int]:
+    """Write the tables and the graph; return the width of each table, and the bytes of all of them in float32."""
     model = trained.sharded.model
     rows, others = id_tables(trained, device)
     if content is not None:
@@ -139,7 +142,8 @@ def _write_tensors(
     num_dense = len(trained.data.dense_features)
     graph = ServingGraph(model, num_dense, None if content is None else content.history)
     torch.export.save(export_graph(graph, trained.config.model.embedding_dim), folder / GRAPH_FILE)
-    return sum(table.numel() * 4 for table in rows.values()) + sum(other.nbytes for other in others.values())
+    float_bytes = sum(table.numel() * 4 for table in rows.values()) + sum(other.nbytes for other in others.values())
+    return {name: table.shape[1] for name, table in rows.items()}, float_bytes
 
 
 def _write_vocabularies(folder: Path, data: PreparedData) -> None:
@@ -156,7 +160,7 @@ def _write_table(table: pa.Table, path: Path) -> None:
     pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
-def _config(folder: Path, trained: TrainedRun, precision: Precision) -> PackageConfig:
+def _config(folder: Path, trained: TrainedRun, precision: Precision, widths: Mapping[str, int]) -> PackageConfig:
     """Describe the package whose tensors and graph are in `folder`."""
     model, data = trained.sharded.model, trained.data
     digest = hashlib.sha256()
@@ -176,5 +180,6 @@ def _config(folder: Path, trained: TrainedRun, precision: Precision) -> PackageC
         tasks=tuple(data.tasks),
         sparse=tuple(feature.name for feature in data.sparse_features),
         dense=tuple(data.dense_features),
+        widths=widths,
         origin=trained.origin,
     )

@@ -25,6 +25,7 @@ from torchrec_em3.evaluate import Predictions
 from torchrec_em3.export_parity import split_requests
 from torchrec_em3.serving.graph_file import load_graph
 from torchrec_em3.serving.package import write_manifest
+from torchrec_em3.serving.rows import PRECISIONS, PackedTable, Precision, pack_rows
 from torchrec_em3.serving.scorer import Request, Scorer
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +110,8 @@ def test_the_auc_of_every_task_is_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "unknown_then"), [(1, ("codes", "tasks", "dense")), (2, ("dense",)), (3, ("dense",))]
+    ("version", "unknown_then"),
+    [(1, ("codes", "tasks", "dense", "widths")), (2, ("dense", "widths")), (3, ("dense", "widths")), (4, ("widths",))],
 )
 def test_packages_of_before_are_read(
     version: int, unknown_then: tuple[str, ...], package: Path, tiny_cold_data: Path, tmp_path: Path
@@ -132,9 +134,9 @@ def test_packages_of_before_are_read(
 
 
 def test_packages_of_a_later_format_are_refused(package: Path, tmp_path: Path) -> None:
-    manifest = json.loads((package / "manifest.json").read_text()) | {"format_version": 5}
+    manifest = json.loads((package / "manifest.json").read_text()) | {"format_version": 6}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="has format version 5, this program reads 1, 2, 3, 4; export"):
+    with pytest.raises(CheckpointError, match="has format version 6, this program reads 1, 2, 3, 4, 5; export"):
         Scorer.load(tmp_path)
 
 
@@ -161,6 +163,32 @@ def test_what_is_unknown_scores_as_unknown(package: Path, tiny_cold_data: Path) 
     (logit,) = scorer.logits([Request("nobody", items[:3], ["never seen", "nor this", cold, known])])
     assert logit[0] == logit[1]
     assert len(set(logit.tolist())) == 3, "a cold item is told from an unknown one by its content"
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 129, 258])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rows_of_any_width_are_packed(precision: Precision, width: int) -> None:
+    rows_ND = 7 + torch.rand(5, width)
+    found_ND = PackedTable(pack_rows(rows_ND, precision), precision, width)(torch.arange(5))
+    # Half a step of the row's own range, and the fp16 of its scale and bias.
+    error = {"fp32": 0.0, "fp16": 0.004, "int8": 0.01, "int4": 0.04}[precision]
+    torch.testing.assert_close(found_ND, rows_ND, atol=error, rtol=0)
+
+
+def test_packed_rows_of_before_are_read_whole() -> None:
+    rows_ND = torch.rand(5, 6)
+    packed_NP = torch.ops.fbgemm.FloatOrHalfToFusedNBitRowwiseQuantizedSBHalf(rows_ND, 8)
+    torch.testing.assert_close(PackedTable(packed_NP, "int8")(torch.arange(5)), rows_ND, atol=0.01, rtol=0)
+
+
+def test_content_of_an_odd_width_is_exported_by_default(tiny_cold_data: Path, tmp_path: Path) -> None:
+    run = train(tiny_cold_data, tmp_path / "run", "--model.content", "frozen_pool")
+    assert em3(["export", str(run), "--out", str(tmp_path / "package")]) == 0
+    scorer = Scorer.load(tmp_path / "package")
+    assert (scorer.config.precision, scorer.config.widths["content"] % 2) == ("int8", 1)
+    full = Scorer.load(export(run, tmp_path / "full", "fp32"))
+    (part, *_) = split_requests(PreparedData.open(tiny_cold_data), "test", 10)
+    np.testing.assert_allclose(np.stack(scorer.logits(part)), np.stack(full.logits(part)), atol=0.1)
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
@@ -191,6 +219,8 @@ def test_a_folder_that_exists_is_not_touched(run: Path, package: Path, capsys: p
     assert em3(["export", str(run), "--out", str(package)]) == 2
     assert "exists" in capsys.readouterr().err
     assert digest(package) == before
+    assert em3(["export", str(run), "--out", str(package / "config.json" / "inside")]) == 2
+    assert "inside cannot be made (Not a directory); choose another folder" in capsys.readouterr().err
 
 
 def digest(folder: Path) -> dict[str, str]:

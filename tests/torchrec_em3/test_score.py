@@ -81,6 +81,9 @@ GOOD = {"user": ["1", "2"], "history": [["1"], []], "item": ["1", "2"]}
         ({"history": [["1", None], []]}, "row 0: history is null or holds a null"),
         ({"history": ["1", "2"]}, "column 'history' is string, expected a list"),
         ({"item": [1.5, 2.5]}, "column 'item' is double"),
+        ({"item": [None, None]}, "row 0: item is null"),
+        ({"history": [[None], []]}, "row 0: history is null or holds a null"),
+        ({"history": [None, None]}, "row 0: history is null"),
         ({"score": [0.0, 0.0]}, "has a column 'score' already"),
         ({"item": None}, "0 columns 'item', expected 1; columns: user, history"),
     ],
@@ -107,3 +110,15 @@ def test_files_that_are_none(package: Path, tmp_path: Path, capsys: pytest.Captu
     pq.write_table(pa.table(GOOD).slice(0, 0), source)
     assert em3(["score", str(package), str(source), str(target)]) == 0
     assert pq.read_table(target).num_rows == 0
+
+
+@pytest.mark.parametrize("place", ["in.parquet/out.parquet", "nowhere/out.parquet", "."])
+def test_a_file_that_cannot_be_written_is_one_line(
+    place: str, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "in.parquet", tmp_path / place
+    pq.write_table(pa.table(GOOD), source)
+    assert em3(["score", str(package), str(source), str(target)]) == 3
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"{source} to {target}: " in line
+    assert list(tmp_path.iterdir()) == [source]

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import requests
 import uvicorn
+from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.torchrec_em3.packages import export, train
 from torchrec_em3.cli import run as em3
+from torchrec_em3.errors import NumericError
 from torchrec_em3.serving.scorer import Request, Scorer
 from torchrec_em3.serving.service import Limits, create_app
 
@@ -139,6 +141,18 @@ def test_paths_and_methods_of_any_kind_do_not_become_labels(address: str) -> Non
     assert "em3_score_seconds_count" in text
 
 
+def test_a_request_that_ends_in_an_error_is_counted(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = TestClient(create_app(package), raise_server_exceptions=False)
+
+    def fail(self: Scorer, requests: list[Request]) -> None:
+        raise NumericError("a logit is not finite")
+
+    monkeypatch.setattr(Scorer, "score", fail)
+    answer = client.post("/score", json=BODY)
+    assert (answer.status_code, answer.json()) == (500, {"detail": "NumericError"})
+    assert 'em3_requests_total{path="/score",status="500"} 1.0' in client.get("/metrics").text
+
+
 def test_openapi_says_what_is_taken(address: str) -> None:
     paths = requests.get(f"{address}/openapi.json").json()["paths"]
     assert paths.keys() == {"/score", "/reload", "/health", "/metrics"}
@@ -224,6 +238,10 @@ def test_a_package_is_swapped_under_load_with_nothing_lost(package: Path, tmp_pa
 
 
 def test_wrong_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert em3(["serve", str(tmp_path), "--max_candidates", "0"]) == 2
+    wrong = {"--max_candidates": "0", "--max_history": "-1", "--port": "65536"}
+    for option, value in wrong.items():
+        assert em3(["serve", str(tmp_path), option, value]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert f"{option} is {value}, must be " in line
     assert em3(["serve", str(tmp_path)]) == 4
-    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

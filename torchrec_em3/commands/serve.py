@@ -10,6 +10,7 @@ from torchrec_em3.errors import ConfigError
 from torchrec_em3.parsing import CommandParser
 
 DESCRIPTION = "Score over HTTP with a package: POST /score and /reload, GET /health, /metrics and /openapi.json."
+MAX_PORT = 65535
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -28,6 +29,10 @@ def main(arguments: Sequence[str]) -> None:
     for name in ("max_candidates", "max_body_bytes", "read_seconds", "max_waiting", "concurrency"):
         if getattr(values, name) <= 0:
             raise ConfigError(f"--{name} is {getattr(values, name)}, must be positive")
+    if values.max_history < 0:
+        raise ConfigError(f"--max_history is {values.max_history}, must be 0 or more")
+    if not 0 <= values.port <= MAX_PORT:
+        raise ConfigError(f"--port is {values.port}, must be 0 to {MAX_PORT}")
     try:
         import uvicorn
 

@@ -38,10 +38,10 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT_VERSION = 4
-READ_VERSIONS = (1, 2, 3, FORMAT_VERSION)
+FORMAT_VERSION = 5
+READ_VERSIONS = (1, 2, 3, 4, FORMAT_VERSION)
 """In version 1 nothing was known of codes and of several tasks, in version 2 nothing of tables of raw ids, in version 3
-nothing of features of requests."""
+nothing of features of requests, in version 4 nothing of widths."""
 CONFIG_FILE, MANIFEST_FILE = "config.json", "manifest.json"
 GRAPH_FILE, TABLES_FILE = "dense.pt2", "tables.safetensors"
 ITEMS_FILE, USERS_FILE = "items.parquet", "users.parquet"
@@ -55,7 +55,9 @@ class PackageConfig:
     Attributes:
         version: Name of this package: step, precision and the start of the hash of its tensors and graph.
         precision: How tables and content are stored.
-        width: D, width of embeddings and content.
+        width: D, width of embeddings.
+        widths: Numbers in a row of each table. A packed row may hold more, which are cut off; that of a table which is
+            not named does not.
         max_history: Most recent events that a score depends on.
         user_features: "user" and the side features, in the order of the graph's first input.
         sparse: Sparse features of a request, which follow there.
@@ -86,6 +88,7 @@ class PackageConfig:
     tasks: tuple[str, ...] = ("label",)
     sparse: tuple[str, ...] = ()
     dense: tuple[DenseFeature, ...] = ()
+    widths: Mapping[str, int] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

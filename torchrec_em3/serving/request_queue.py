@@ -72,7 +72,7 @@ class RequestQueue:
 
         Raises:
             QueueFullError: If all threads are busy and the queue is full.
-            DataError: If the request names a side feature that the package does not have.
+            RequestError: If the package cannot score the request.
             NumericError: If a logit is not finite.
         """
         waiting = _Waiting(request, asyncio.get_running_loop().create_future())

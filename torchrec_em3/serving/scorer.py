@@ -4,7 +4,6 @@ Shape letters: R requests, K candidates of a request, L history positions of a r
 dense), D width, T tasks.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from torchrec_em3.errors import CheckpointError, DataError, NumericError
+from torchrec_em3.errors import CheckpointError, DataError, EM3Error, NumericError
 from torchrec_em3.serving.graph_file import load_graph
 from torchrec_em3.serving.package import (
     AGAIN,
@@ -32,7 +31,7 @@ from torchrec_em3.serving.package import (
 )
 from torchrec_em3.serving.rows import PackedTable
 
-__all__ = ["Request", "Scorer"]
+__all__ = ["Request", "RequestError", "Scorer"]
 
 PAIRS_AT_A_TIME = 1 << 17
 """Pairs of candidate and history position (or column, if those are more) that go through the graph together: what it
@@ -50,15 +49,29 @@ class Request:
         history: Items that the user has seen, most recent last; of a longer one the end counts.
         candidates: Items to score.
         features: Values of the user's side features and of the sparse features of the request by name. Of the former,
-            those left out are the ones that the package has of the user; of the latter, they are unknown.
+            those left out are the ones that the package has of the user; of the latter, they are unknown. True and
+            False are the same as "true" and "false".
         dense: Dense features by name, as in the raw data; those left out, and NaN, are unknown.
     """
 
     user: str
     history: Sequence[str]
     candidates: Sequence[str]
-    features: Mapping[str, str] = field(default_factory=dict)
+    features: Mapping[str, str | int | bool] = field(default_factory=dict)
     dense: Mapping[str, float] = field(default_factory=dict)
+
+
+class RequestError(DataError):
+    """A request cannot be scored.
+
+    Attributes:
+        place: Which of the requests it is, from 0.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, place: int, reason: str) -> None:
+        super().__init__(f"request {place}: {reason}")
+        self.place, self.reason = place, reason
 
 
 class Scorer:
@@ -75,7 +88,10 @@ class Scorer:
         tensors = load_file(folder / TABLES_FILE)
         self._has_rows = {name: tensors.pop(f"has_{name}") for name in ("content", "codes") if f"has_{name}" in tensors}
         table_rows = {name: tensors.pop(name) for name in ("user_rows", "item_rows") if name in tensors}
-        self._tables = {name: PackedTable(packed, self.config.precision) for name, packed in tensors.items()}
+        self._tables = {
+            name: PackedTable(packed, self.config.precision, self.config.widths.get(name))
+            for name, packed in tensors.items()
+        }
         side_features = self.config.user_features[1:]
         users = pq.read_table(folder / USERS_FILE, page_checksum_verification=True)
         self._users = _rows_by_id(users["raw_id"], first=1)
@@ -123,12 +139,17 @@ class Scorer:
         Requests go through the graph together as long as that takes little memory, so equal sizes are best.
 
         Raises:
-            DataError: If a feature is named that the package does not have, or a dense one is infinite.
-            NumericError: If a logit is not finite.
+            RequestError: If a feature is named that the package does not have, or a dense one is too large.
+            NumericError: If a logit is not finite where no dense feature is given.
         """
+        user_RF = torch.from_numpy(np.array([self._user_rows(*numbered) for numbered in enumerate(requests)]))
+        dense_RF = torch.from_numpy(self._dense(requests))
         results: list[NDArray[np.float32]] = []
         for start, stop in self._parts(requests):
-            results += self._logits(requests[start:stop])
+            results += self._logits(requests[start:stop], user_RF[start:stop], dense_RF[start:stop])
+        for place, logit_K in enumerate(results):
+            if not np.isfinite(logit_K).all():
+                raise self._not_finite(place, requests[place], dense_RF[place])
         return results
 
     def _parts(self, requests: Sequence[Request]) -> list[tuple[int, int]]:
@@ -143,8 +164,7 @@ class Scorer:
         return [*parts, (start, len(requests))] if requests else []
 
     @torch.inference_mode()
-    def _logits(self, requests: Sequence[Request]) -> list[NDArray[np.float32]]:
-        user_RF = torch.from_numpy(np.array([self._user_rows(request) for request in requests]))
+    def _logits(self, requests: Sequence[Request], user_RF: Tensor, dense_RF: Tensor) -> list[NDArray[np.float32]]:
         # The graph takes no empty dimension: one padded place stands for nothing.
         target_RK, _ = self._item_rows([request.candidates for request in requests])
         recent = self.config.max_history
@@ -158,12 +178,10 @@ class Scorer:
         ]
         inputs += self._rows("content", target_RK, history_RL, self.config.content, self.config.content_history)
         inputs += self._rows("codes", target_RK, history_RL, self.config.codes, self.config.codes)
-        inputs.append(self._dense(requests))
+        inputs.append(dense_RF if self.config.dense else None)
         while inputs[-1] is None:
             inputs.pop()
         logit_RK = self._graph(*inputs)
-        if not bool(torch.isfinite(logit_RK).all()):
-            raise NumericError(f"a logit of package {self.config.version} is not finite; export the run again")
         return [logit_K[: len(request.candidates)].numpy() for logit_K, request in zip(logit_RK, requests, strict=True)]
 
     def _rows(
@@ -177,7 +195,7 @@ class Scorer:
             self._has_rows[name][history_RL] if history else None,
         ]
 
-    def _user_rows(self, request: Request) -> NDArray[np.int64]:
+    def _user_rows(self, place: int, request: Request) -> NDArray[np.int64]:
         """Return the row of the user's table and of each other feature's."""
         user = self._users.get(request.user, 0)
         side, given = self._user_features[user], self.config.given_features
@@ -187,26 +205,40 @@ class Scorer:
         for name, value in request.features.items():
             if name not in self._vocabularies:
                 known = ", ".join(self._vocabularies) or "none"
-                raise DataError(f"the package has no feature '{name}'; features: {known}")
-            rows[1 + given.index(name)] = self._vocabularies[name].get(value, 0)
+                raise RequestError(place, f"the package has no feature '{name}'; features: {known}")
+            rows[1 + given.index(name)] = self._vocabularies[name].get(_as_text(value), 0)
         return rows
 
-    def _dense(self, requests: Sequence[Request]) -> Tensor | None:
-        """Return the dense features as the model reads them, float32 [R, F]; None where it has none."""
-        known = [feature.name for feature in self.config.dense]
-        for name, value in (given for request in requests for given in request.dense.items()):
-            if name not in known:
-                names = ", ".join(known) or "none"
-                raise DataError(f"the package has no dense feature '{name}'; dense features: {names}")
-            if math.isinf(value):
-                raise DataError(f"dense feature '{name}' is {value}, must be finite; leave it out if it is unknown")
-        if not known:
-            return None
-        columns = [
-            feature.standardise(np.array([request.dense.get(feature.name, np.nan) for request in requests]))
-            for feature in self.config.dense
-        ]
-        return torch.from_numpy(np.stack(columns, axis=1))
+    def _dense(self, requests: Sequence[Request]) -> NDArray[np.float32]:
+        """Return the dense features as the model reads them, [R, F]."""
+        names = [feature.name for feature in self.config.dense]
+        for place, request in enumerate(requests):
+            for name in request.dense:
+                if name not in names:
+                    known = ", ".join(names) or "none"
+                    raise RequestError(place, f"the package has no dense feature '{name}'; dense features: {known}")
+        dense_RF = np.empty((len(requests), len(names)), dtype=np.float32)
+        for column, feature in enumerate(self.config.dense):
+            value_R = np.array([request.dense.get(feature.name, np.nan) for request in requests], dtype=np.float64)
+            with np.errstate(over="ignore"):
+                dense_RF[:, column] = feature.standardise(value_R)
+        too_large = np.argwhere(~np.isfinite(dense_RF))
+        if len(too_large):
+            place, column = map(int, too_large[0])
+            raise self._too_large(place, requests[place], column)
+        return dense_RF
+
+    def _too_large(self, place: int, request: Request, column: int) -> RequestError:
+        feature = self.config.dense[column]
+        value = f"dense feature '{feature.name}' is {request.dense[feature.name]}"
+        limit = f"must be finite and near enough to its mean {feature.mean:.6g} to be scored"
+        return RequestError(place, f"{value}, {limit}; leave it out if it is unknown")
+
+    def _not_finite(self, place: int, request: Request, dense_F: Tensor) -> EM3Error:
+        """Return why a logit is not: of what a request holds, dense features alone can be of any size."""
+        if not bool(dense_F.any()):
+            return NumericError(f"a logit of package {self.config.version} is not finite; export the run again")
+        return self._too_large(place, request, int(dense_F.abs().argmax()))
 
     def _item_rows(self, items: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
         """Return item rows, padded by row 0 to the longest of the lists, at least 1, and the lengths."""
@@ -217,6 +249,11 @@ class Scorer:
 
     def _look_up(self, table: str, row_RX: Tensor) -> Tensor:
         return self._tables[table](row_RX.flatten()).view(*row_RX.shape, -1)
+
+
+def _as_text(value: str | int | bool) -> str:
+    """Return a value as `em3 prepare` puts it into a vocabulary."""
+    return str(value).lower() if isinstance(value, bool | np.bool_) else str(value)
 
 
 def _vocabulary_rows(count: int, known: int) -> Tensor:

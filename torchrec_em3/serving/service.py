@@ -20,9 +20,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.requests import ClientDisconnect
 
-from torchrec_em3.errors import CheckpointError, DataError
+from torchrec_em3.errors import CheckpointError
 from torchrec_em3.serving.request_queue import QueueFullError, RequestQueue
-from torchrec_em3.serving.scorer import Request, Scorer
+from torchrec_em3.serving.scorer import Request, RequestError, Scorer
 
 __all__ = ["Limits", "create_app"]
 
@@ -123,8 +123,8 @@ class _Service:
         except QueueFullError as error:
             detail = f"{self.limits.waiting} requests wait already; try again later"
             raise HTTPException(429, detail, {"Retry-After": RETRY_SECONDS}) from error
-        except DataError as error:
-            raise HTTPException(422, str(error)) from error
+        except RequestError as error:
+            raise HTTPException(422, error.reason) from error
         self.metrics.candidates.inc(len(score_K))
         self.metrics.seconds.observe(time.perf_counter() - started)
         return _answer(scorer, score_K)
@@ -151,9 +151,8 @@ class _Service:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"]))[:MAX_ID_LENGTH] or "body"
             raise HTTPException(422, f"{where}: {first['msg']}") from error
-        features = {name: str(value) for name, value in body.features.items()}
         history, candidates = list(map(str, body.history)), list(map(str, body.candidates))
-        return Request(str(body.user), history, candidates, features, body.dense)
+        return Request(str(body.user), history, candidates, body.features, body.dense)
 
 
 def _answer(scorer: Scorer, score_K: NDArray[np.float32]) -> Scores:
@@ -179,7 +178,7 @@ def _body_model(limits: Limits) -> type[BaseModel]:
         user=(Id, ...),
         history=(Annotated[list[Id], Field(max_length=limits.history)], ...),
         candidates=(Annotated[list[Id], Field(min_length=1, max_length=limits.candidates)], ...),
-        features=(dict[Name, Id], Field(default_factory=dict)),
+        features=(dict[Name, Id | bool], Field(default_factory=dict)),
         dense=(dict[Name, Annotated[float, Field(allow_inf_nan=False)]], Field(default_factory=dict)),
     )
 
@@ -199,11 +198,15 @@ def create_app(folder: Path, limits: Limits | None = None) -> FastAPI:
 
     @app.middleware("http")
     async def count(http: HttpRequest, answer: Callable[[HttpRequest], Awaitable[Response]]) -> Response:
-        response = await answer(http)
-        # What a client makes up as a path must not become a label.
-        route = http.scope.get("route")
-        path = route.path if route is not None else "other"
-        service.metrics.requests.labels(path, response.status_code).inc()
+        status = 500
+        try:
+            response = await answer(http)
+            status = response.status_code
+        finally:
+            # What a client makes up as a path must not become a label.
+            route = http.scope.get("route")
+            path = route.path if route is not None else "other"
+            service.metrics.requests.labels(path, status).inc()
         return response
 
     problems: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (400, 408, 413, 422, 429)}
