@@ -5,7 +5,8 @@
 
 A row's hyper-parameters are searched on the validation split with seed 0, the same points for every row; its test split
 is read once a seed, for the run that validation chose. Runs belong to the last commit that changed the package or its
-configs: after such a change they start anew, in a folder of their own. Needs benchmarks/requirements.txt.
+configs: after such a change they start anew, in a folder of their own, as do those of other options or other data.
+Needs benchmarks/requirements.txt.
 """
 
 import json
@@ -99,8 +100,9 @@ class _Matrix:
         drawn: tuple[str, ...] = ()
         if dataset.redrawn:
             name, drawn = f"{name}-draw-{seed}", ("--seed", str(seed))
-        folder = self.work / "data" / _slug(name)
-        return str(folder), (*dataset.arguments, "--split", split, *drawn, "--out", str(folder))
+        arguments = (*dataset.arguments, "--split", split, *drawn)
+        folder = self.work / "data" / self.commit / f"{_slug(name)}-{hash_of(arguments)[:8]}"
+        return str(folder), (*arguments, "--out", str(folder))
 
     def run(self, dataset: DataSet, split: str, row: Row) -> None:
         """Search, then train and measure every seed of one row."""
@@ -112,7 +114,9 @@ class _Matrix:
         keys = [hash_of([about[seed], config, seed]) for seed in range(self.seeds)]
         if all(key in self.ledger for key in keys):
             return
-        folder = self.work / "runs" / self.commit / _slug(f"{dataset.name}-{split}") / _slug(row.label)
+        # By data and options, too: suites share names of rows and data sets, and may change.
+        what = f"{_slug(row.label)}-{hash_of([about[0]['data'], config])[:8]}"
+        folder = self.work / "runs" / self.commit / _slug(f"{dataset.name}-{split}") / what
 
         def trial(number: int, options: dict[str, Any]) -> float:
             run = folder / f"trial-{number}"

@@ -33,6 +33,7 @@ from torchrec_em3.report_sections import (
     version_rows,
 )
 from torchrec_em3.report_tasks import task_rows
+from torchrec_em3.run_folder import check_data
 from torchrec_em3.run_record import RunRecord, read_records
 from torchrec_em3.variants import group_variants
 from torchrec_em3.verdict import compare
@@ -84,6 +85,8 @@ def write_report(
     """
     if images is not None and not images.is_dir():
         raise DataError(f"{images}: no such folder; give the one that the pictures were prepared from")
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder; name a file in it")
     records = read_records(runs)
     data, unread = _open_data(records, data_folder)
     variants = group_variants(records)
@@ -132,21 +135,25 @@ def _open_data(
     records: Sequence[RunRecord], data_folder: Path | None
 ) -> tuple[Mapping[str, PreparedData], Mapping[str, str]]:
     """Return the prepared folder of each run that can be opened, and why not for each other, by name of the run."""
-    if data_folder is not None:
-        given = PreparedData.open(data_folder)
-        return dict.fromkeys((record.name for record in records), given), {}
+    given = None if data_folder is None else PreparedData.open(data_folder)
     opened: dict[str, PreparedData] = {}
     unread: dict[str, str] = {}
     for record in records:
         try:
-            if not record.data_folder:
-                raise DataError("the run's config names no prepared folder")
-            folder = local_folder(record.data_folder)
-            same = (data for data in opened.values() if data.folder == folder)
-            opened[record.name] = next(same, None) or PreparedData.open(folder)
+            data = given or _own_data(record, opened)
+            check_data(record.folder, data)
+            opened[record.name] = data
         except (ConfigError, DataError) as error:
             unread[record.name] = str(error)
     return opened, unread
+
+
+def _own_data(record: RunRecord, opened: Mapping[str, PreparedData]) -> PreparedData:
+    if not record.data_folder:
+        raise DataError("the run's config names no prepared folder")
+    folder = local_folder(record.data_folder)
+    same = (data for data in opened.values() if data.folder == folder)
+    return next(same, None) or PreparedData.open(folder)
 
 
 def _environment() -> jinja2.Environment:

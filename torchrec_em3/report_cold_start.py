@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torchrec_em3.datasets.prepared import PreparedData
 from torchrec_em3.metrics import ranking_metrics
 from torchrec_em3.plots import Line, line_chart
-from torchrec_em3.run_record import TestRows
+from torchrec_em3.run_record import Place, TestRows
 from torchrec_em3.significance import same_rows
 from torchrec_em3.variants import Variant
 from torchrec_em3.verdict import small_slice
@@ -36,7 +36,7 @@ def cold_start_curves(variants: Sequence[Variant], data: Mapping[str, PreparedDa
         For each place: `chart`; `legend`, names with their series; `rows`, each with the bin's `name`, the number of
         its `items` and test rows `n`, whether they are few, `small`, and a `cell` a variant: `auc`, `low`, `high`.
     """
-    places: dict[tuple[str, str], list[Variant]] = {}
+    places: dict[Place, list[Variant]] = {}
     for variant in variants:
         places.setdefault(variant.place, []).append(variant)
     curves = (_curve(peers, data) for peers in places.values())

@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import yaml
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from torchrec_em3.errors import DataError
 
-__all__ = ["CONFIG_FILE", "Embeddings", "RunRecord", "TestRows", "flatten", "read_record", "read_records"]
+__all__ = ["CONFIG_FILE", "Embeddings", "Place", "RunRecord", "TestRows", "flatten", "read_record", "read_records"]
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, DATA_FILE = "config.yaml", "data.json"
 ID_ONLY = "none"
 
 Content = TypeVar("Content")
@@ -57,6 +57,14 @@ class TestRows:
     logit: NDArray[np.float32]
 
 
+class Place(NamedTuple):
+    """What runs must share to be compared: path or URL of the data, split, and content hash."""
+
+    data: str
+    split: str
+    data_hash: str
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """One run, read whole.
@@ -67,6 +75,7 @@ class RunRecord:
         config: Resolved options; `config_text` is the file as it stands.
         summary: `summary.json`, empty if the run has not been evaluated.
         versions: Version by package.
+        data_hash: Content hash of the data it was trained on; empty if the run did not record it.
         plan: `PlanReport.as_dict()`, or None; `plan_text` is `plan.txt`.
         log: Lines of `metrics.jsonl` in order.
         embeddings: Vectors for the map, or None.
@@ -80,6 +89,7 @@ class RunRecord:
     config_text: str
     summary: Mapping[str, Any]
     versions: Mapping[str, str]
+    data_hash: str
     plan: Mapping[str, Any] | None
     plan_text: str
     log: Sequence[Mapping[str, Any]]
@@ -111,9 +121,9 @@ class RunRecord:
         return self.summary.get("seed", self.config.get("seed"))
 
     @property
-    def place(self) -> tuple[str, str]:
+    def place(self) -> Place:
         """Data and split: what runs must share to be compared."""
-        return str(self.config.get("data")), str(self.summary.get("split"))
+        return Place(str(self.config.get("data")), str(self.summary.get("split")), self.data_hash)
 
     @property
     def data_folder(self) -> str:
@@ -189,6 +199,7 @@ def read_record(folder: Path, name: str | None = None) -> RunRecord:
         config_text=config_text,
         summary=_load(folder / "summary.json", _json_object, gaps, "the run was stopped before its evaluation") or {},
         versions=_load(folder / "versions.json", _json_object, gaps, "versions are not known") or {},
+        data_hash=str((_load(folder / DATA_FILE, _json_object, [], "") or {}).get("content_hash", "")),
         plan=plan,
         plan_text=_load(folder / "plan.txt", _text, [], "") or "",
         log=_read_log(folder / "metrics.jsonl", gaps),

@@ -64,8 +64,12 @@ class DifferenceTest:
 
 
 def pair_runs(first: Variant, second: Variant) -> list[RunPair]:
-    """Return the pairs of runs of the same seed; or the only two runs there are, whatever their seeds."""
-    pairs = [(a, b) for b in second.runs for a in first.runs if a.seed == b.seed]
+    """Return the pairs of runs of the same seed; or the only two runs there are, whatever their seeds.
+
+    Of several runs of one seed the last counts: they are no independent ones.
+    """
+    befores, afters = ({run.seed: run for run in variant.runs} for variant in (first, second))
+    pairs = [(befores[seed], run) for seed, run in afters.items() if seed in befores]
     if not pairs and len(first.runs) == len(second.runs) == 1:
         pairs = [(first.runs[0], second.runs[0])]
     return pairs

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchrec_em3.run_record import RunRecord, flatten
+from torchrec_em3.run_record import Place, RunRecord, flatten
 
 __all__ = ["Variant", "closest_baseline", "group_variants"]
 
@@ -35,7 +35,7 @@ class Variant:
         return self.runs[0].uses_content
 
     @property
-    def place(self) -> tuple[str, str]:
+    def place(self) -> Place:
         """Data and split: what runs must share to be compared."""
         return self.runs[0].place
 

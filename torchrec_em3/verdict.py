@@ -138,7 +138,7 @@ def _compare_models(first: Variant, second: Variant, data: Mapping[str, Prepared
         title=_title(cause, slices),
         first=first.name,
         second=second.name,
-        split=first.place[1],
+        split=first.place.split,
         slices=slices,
         basis=_basis(len(pairs), slices),
         against_id_only=not first.uses_content,

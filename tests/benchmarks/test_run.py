@@ -114,6 +114,24 @@ def test_a_row_is_searched_once_and_its_test_split_read_once_a_seed(script: Modu
     assert [program.count(name) for name in ("prepare", "train", "evaluate")] == [1, 9, 2]
 
 
+def test_runs_with_other_options_start_anew(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"suite": "small", "dataset_dir": str(tmp_path), "work": str(tmp_path / "work"), "trials": 1, "seeds": 1}
+    suite, only = tmp_path / "suites" / "small.yaml", "tiny/temporal/DIN, EM3$"
+    script.main(**options, only=only)
+    suite.write_text(SUITE.replace("loader.batch_size: 64", "loader.batch_size: 32"))
+    script.main(**options, only=only)
+    suite.write_text(SUITE.replace("folder: tiny-1m", "folder: tiny-1m\n    arguments: [--negatives, 2]"))
+    script.main(**options, only=only)
+    asked = [arguments for arguments in script.run_em3.asked if arguments[0] == "train"]
+    sizes = [dict(itertools.pairwise(arguments))["--loader.batch_size"] for arguments in asked]
+    assert sizes[:2] == ["64", "32"]
+    assert [record["options"]["loader.batch_size"] for record in results(tmp_path / "work")][:2] == [64, 32]
+    prepared = [arguments for arguments in script.run_em3.asked if arguments[0] == "prepare"]
+    assert len(prepared) == 2, "other arguments, other data"
+
+
 def test_runs_of_another_commit_start_anew(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"suite": "small", "dataset_dir": str(tmp_path), "work": str(tmp_path / "work"), "trials": 1, "seeds": 1}
     script.main(**options, only="tiny/temporal/DIN, EM3$")

@@ -10,7 +10,7 @@ import yaml
 
 from tests.fake_runs import fake_run
 from torchrec_em3.datasets.prepared import PreparedData
-from torchrec_em3.errors import DataError
+from torchrec_em3.errors import ConfigError, DataError
 from torchrec_em3.report import write_report
 
 VOID = {"meta", "br", "line", "path", "rect", "circle", "polyline"}
@@ -60,6 +60,24 @@ def runs(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> list[P
 @pytest.fixture(scope="module")
 def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Page:
     return Page(write_report(runs, tmp_path_factory.mktemp("page") / "new" / "report.html"))
+
+
+def test_runs_with_other_data_are_neither_compared_nor_joined_to_it(
+    runs: list[Path], data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchrec_em3.report_maps.project", lambda vectors, seed: np.zeros((len(vectors), 2)))
+    for run, found in zip(runs, (data.meta["content_hash"], "another"), strict=True):
+        shutil.copytree(run, tmp_path / run.name)
+        (tmp_path / run.name / "data.json").write_text(json.dumps({"content_hash": found}))
+    page = Page(write_report([tmp_path / run.name for run in runs], tmp_path / "report.html"))
+    assert f"but {tmp_path / 'em3'} was trained on another" in page.words
+    assert "content seems to help" not in page.words.lower()
+
+
+def test_a_folder_is_no_file_to_write_a_report_to(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder; name a file in it"):
+        write_report(runs, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -42,6 +42,13 @@ def test_seeds_are_tested_as_pairs(data: PreparedData, tmp_path: Path) -> None:
     assert tests["AUC"].better
 
 
+def test_runs_of_one_seed_are_no_independent_ones(data: PreparedData, tmp_path: Path) -> None:
+    again = [fake_run(tmp_path / name, data, content=name < "b", seed=1) for name in ("a1", "a2", "b1", "b2")]
+    [(first, second)] = pairs_of([*reversed(again), again[0]])
+    assert (first.name, second.name) == ("b1", "a1"), "the last of each"
+    assert {test.unit for test in paired_tests([(first, second)])} == {"users"}
+
+
 def test_one_seed_is_tested_over_users(data: PreparedData, tmp_path: Path) -> None:
     pairs = pairs_of([fake_run(tmp_path / name, data, content=name == "b") for name in ("a", "b")])
     [(a, b)] = pairs
