@@ -19,7 +19,7 @@ from torchrec_em3.datasets.amazon_items import CONTENT_FIELDS, ITEM_FIELDS, Prod
 from torchrec_em3.datasets.ids import IdNumbers, count_codes, ids_from_codes
 from torchrec_em3.datasets.picture_download import PictureLimits, download_pictures
 from torchrec_em3.datasets.raw import RawDataset
-from torchrec_em3.datasets.records import Record, bare_name, read_records
+from torchrec_em3.datasets.records import Record, bare_name, is_utf8, read_records
 from torchrec_em3.datasets.tables import first_line
 from torchrec_em3.datasets.user_groups import repeated_rows
 from torchrec_em3.errors import DataError
@@ -224,7 +224,7 @@ def _field(record: Record, name: str, where: str) -> Any:
 
 def _id(record: Record, name: str, where: str) -> str:
     value = _field(record, name, where)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value.strip() or not is_utf8(value):
         raise DataError(f"{where}: {name} is {value!r:.40}, expected an id")
     return value.strip()
 

@@ -59,6 +59,8 @@ def read_new_items(folder: Path) -> RawItems:
         items = _read_texts(path, names) if "text" in names else read_catalogue(folder, [])
     else:
         raise DataError(f"{folder}: no items.parquet or items.csv; it needs the columns item_id, title and text")
+    if not len(items.item_id):
+        raise DataError(f"{folder}: its table holds no items")
     pictures = _find_pictures(folder)
     image = [named or pictures.get(item, "") for named, item in zip(items.image, items.item_id, strict=True)]
     return replace(items, image=np.array(image, dtype=object))

@@ -8,8 +8,9 @@ __all__ = ["plain_text"]
 MAX_MARKUP = 10_000  # characters read of one field; descriptions can hold whole pages
 _UNSEEN = frozenset({"script", "style"})
 _INLINE = frozenset({"a", "b", "em", "font", "i", "small", "span", "strong", "u"})
-# The parser takes quadratic time over tags that never end, so these are made text before it sees them.
-_OPEN_END = re.compile(r"<(?!!--|[^<>]*>)")
+# The parser takes quadratic time over tags that never end, and raises at marked sections (`<![new]!>`), so both are
+# made text before it sees them.
+_NO_TAG = re.compile(r"<(?!!--|[^<>]*>)|<(?=!\[)")
 _SPACE = re.compile(r"[\x00-\x1f\x7f\s]+")
 
 
@@ -40,13 +41,14 @@ class _Words(HTMLParser):
 def plain_text(markup: str) -> str:
     """Return the visible text of a piece of HTML; text that is none already comes back with single spaces.
 
-    Entities that were escaped twice (`&amp;quot;`), as publishers of product data often do, are resolved.
+    Entities that were escaped twice (`&amp;quot;`), as publishers of product data often do, are resolved. Half of a
+    surrogate pair, which texts that were cut off may end with, becomes a question mark.
     """
-    text = markup[:MAX_MARKUP]
+    text = markup[:MAX_MARKUP].encode("utf-8", "replace").decode()
     for _ in range(2):
         if "<" in text or "&" in text:
             parser = _Words()
-            parser.feed(_OPEN_END.sub("&lt;", text))
+            parser.feed(_NO_TAG.sub("&lt;", text))
             parser.close()
             text = "".join(parser.parts)
     return _SPACE.sub(" ", text).strip()

@@ -183,7 +183,10 @@ def _check_out(out: Path, overwrite: bool) -> None:
 @contextmanager
 def _renamed_when_complete(out: Path) -> Iterator[Path]:
     out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{out} cannot be made ({error.strerror}); choose another place") from error
     mark = secrets.token_hex(4)
     folder, old = out.with_name(f".{out.name}.{mark}.new"), out.with_name(f".{out.name}.{mark}.old")
     folder.mkdir()

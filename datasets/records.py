@@ -14,7 +14,16 @@ from typing import Any
 
 from torchrec_em3.errors import DataError
 
-__all__ = ["MAX_LINE_BYTES", "Record", "bare_name", "decode_line", "read_lines", "read_object", "read_records"]
+__all__ = [
+    "MAX_LINE_BYTES",
+    "Record",
+    "bare_name",
+    "decode_line",
+    "is_utf8",
+    "read_lines",
+    "read_object",
+    "read_records",
+]
 
 MAX_LINE_BYTES = 16 << 20
 """Longest line that is read; a file without line breaks would otherwise be read whole."""
@@ -92,6 +101,15 @@ def decode_line(path: Path, row: int, line: bytes) -> str:
         return line.decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} row {row}: not UTF-8 text ({error.reason})") from error
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a string can be written; JSON may hold half of a surrogate pair, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse(path: Path, row: int, line: bytes) -> Record:

@@ -178,7 +178,8 @@ def _try(plan: _Planner, changes: list[_Change]) -> dict[str, Any]:
 def _larger_changes(config: Config, cluster: Cluster) -> Iterator[list[_Change]]:
     """Yield changes that stand alone, each with larger forms of itself."""
     if config.embeddings.sharding != "row_wise" or config.embeddings.tables:
-        by_row = _changed(config, {"embeddings": {"sharding": "row_wise", "tables": {}}})
+        tables = {name: _as_ids_are(own, {}) for name, own in config.embeddings.tables.items()}
+        by_row = _changed(config, {"embeddings": {"sharding": "row_wise", "tables": tables}})
         yield [_Change("row-wise, every table", "--embeddings.sharding row_wise", by_row, cluster)]
     dims = [config.model.embedding_dim // divisor for divisor in (2, 4, 8)]
     smaller = [
@@ -199,7 +200,9 @@ def _levers(schema: FeatureSchema, config: Config, cluster: Cluster, *, has_bank
         tables = [f"{feature.name}_table" for feature in schema.pooled_features] + ["item_table"]
         options = f"embeddings.tables: for each table row_wise, fused_uvm_caching, cached_share {SMALL_CACHE}"
         name = f"UVM caching, {100 * SMALL_CACHE:.0f}% of the rows on the device"
-        levers.append((name, options, {"embeddings": {"tables": dict.fromkeys(tables, cached)}}))
+        known = config.embeddings.tables
+        changed = {table: _as_ids_are(known.get(table, {}), cached) for table in tables}
+        levers.append((name, options, {"embeddings": {"tables": changed}}))
     if config.embeddings.precision == "fp32":
         levers.append(("half precision", "--embeddings.precision fp16", {"embeddings": {"precision": "fp16"}}))
     if has_bank:
@@ -207,6 +210,15 @@ def _levers(schema: FeatureSchema, config: Config, cluster: Cluster, *, has_bank
         options = "--model.history none --model.encode_fraction 1"
         levers.append(("no content in histories, so no bank", options, without))
     return levers
+
+
+def _as_ids_are(own: Mapping[str, Any], constraints: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table's options with other constraints, and with its kind of ids, which says how many rows it has.
+
+    A table of managed ids is row-wise and fused whatever is tried.
+    """
+    kept = {name: own[name] for name in ("ids", "rows", "eviction") if name in own}
+    return kept if kept.get("ids") == "managed" else {**kept, **constraints}
 
 
 def _changed(config: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config:

@@ -231,11 +231,14 @@ def _environment(
     """Return what torchrun must find in its environment, and what the caller adds.
 
     A shared rendezvous store keeps the keys of a dead attempt, and a restarted gang then connects to processes that are
-    gone; and local schedulers ignore max_retries, so that only torchrun itself can restart.
+    gone; and local schedulers ignore max_retries, so that only torchrun itself can restart. After SIGTERM torchrun
+    would wait 30 seconds alone for a step, or a validation, and the checkpoint that follows. After a failure it waits
+    as long for ranks that hang, so not for ever.
     """
     return {
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "PET_MAX_RESTARTS": str(max_retries),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120",
         "OMP_NUM_THREADS": str(threads),
         **(env or {}),
     }

@@ -152,6 +152,7 @@ FAULTS = [
     ("2018", edit_row(3, overall="good"), r"Beauty_5\.json row 3: overall is 'good', which is not a number"),
     ("2018", edit_row(3, overall=[5]), r"Beauty_5\.json row 3: overall is \[5\], which is not a number"),
     ("2018", edit_row(2, reviewerID=" "), r"Beauty_5\.json row 2: reviewerID is ' ', expected an id"),
+    ("2018", edit_row(2, reviewerID="a\ud83d"), r"Beauty_5\.json row 2: reviewerID is 'a\\ud83d', expected an id"),
     ("2018", edit_row(2, reviewerID=12), r"Beauty_5\.json row 2: reviewerID is 12, expected an id"),
     ("2018", edit_row(2, asin=None), r"Beauty_5\.json row 2: no asin among"),
     (

@@ -89,6 +89,12 @@ def test_without_texts_it_is_a_movielens_file(tmp_path: Path) -> None:
     assert items.image.tolist() == ["posters/m.jpg", "images/6.png"]
 
 
+def test_a_parquet_table_without_items_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"item_id": pa.array([], pa.string())}), tmp_path / "items.parquet")
+    with pytest.raises(DataError, match="its table holds no items"):
+        read_new_items(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -23,6 +23,8 @@ from torchrec_em3.datasets.plain_text import plain_text
         ("<a href='x' onclick=\"y('>')\">link</a>", "link"),
         ("<!-- a comment -->after", "after"),
         ("</span></span></span>", ""),
+        ("Gift card <![new]!> &lt;![CDATA[x]&gt;", "Gift card <![new]!> <![CDATA[x]>"),
+        ("cut off \ud83d", "cut off ?"),
         ("Caf\u00e9 &eacute;t\u00e9", "Caf\u00e9 \u00e9t\u00e9"),
     ],
 )

@@ -60,6 +60,15 @@ def test_tables_are_constrained_by_name_in_a_config_file(tmp_path: Path) -> None
     assert tables["items.tables.item_table"] == "table_wise"
 
 
+def test_a_plan_is_written_below_folders_that_are_not_there_yet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(*SMALL, "--out", str(tmp_path / "new" / "plan.json")) == 0
+    assert (tmp_path / "new" / "plan.json").is_file()
+    assert plan(*SMALL, "--out", str(tmp_path / "new" / "plan.json" / "below")) == 2
+    assert "cannot be made (Not a directory); choose another place" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

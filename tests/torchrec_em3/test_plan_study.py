@@ -153,6 +153,20 @@ def test_changes_that_do_not_suffice_are_tried_together() -> None:
     assert together["ddr_bytes"] <= 0.85 * 256 * GIB
 
 
+@pytest.mark.parametrize("ids", ["hashed", "managed"])
+def test_what_is_tried_keeps_the_rows_of_tables_of_raw_ids(ids: str) -> None:
+    """Of a user table with 10 billion rows over a vocabulary of a thousand; a rank has room for none of it."""
+    small = Cluster(name="small", world_size=2, local_world_size=2, device="cuda", hbm_gb=1, ddr_gb=1)
+    of_ids = config(tables={"user_table": {"ids": ids, "rows": 10**10}})
+    remedies = {
+        remedy["name"].split(",")[0]: remedy
+        for remedy in study(planned_schema("user=1e3,item=1e3", ""), of_ids, [small])[0]["remedies"]
+    }
+    for name in ("UVM caching", "row-wise"):
+        assert not remedies[name]["fits"]
+        assert "error" not in remedies[name]
+
+
 def test_a_plan_that_fits_needs_no_remedies() -> None:
     assert study(planned_schema("user=10,item=10", ""), config(), [Cluster()])[0]["remedies"] == []
 

@@ -6,10 +6,11 @@ from types import ModuleType
 
 import pytest
 
+from torchrec_em3.commands import parts
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.parsing import parse_options
 from torchrec_em3.parts import build_part, load_plugins
-from torchrec_em3.registry import Registry
+from torchrec_em3.registry import TOWERS, Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,25 @@ def test_options_must_be_a_dataclass() -> None:
 def test_a_missing_plugin_module_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"--plugins no_such_package.module: no module 'no_such_package'"):
         load_plugins("no_such_package.module")
+
+
+def test_parts_of_others_are_listed_though_they_say_little(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a docstring, and with an option that must be given."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        size: int
+        names: tuple[str, ...] = ("a",)
+
+    class Bare:
+        pass
+
+    monkeypatch.setattr(TOWERS, "_parts", dict(TOWERS._parts))
+    TOWERS.register("bare", options=Options)(Bare)
+    parts.main([])
+    assert "  bare\n      size (required)\n      names = ('a',)\n" in capsys.readouterr().out
 
 
 WRITTEN = """

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from torchrec_em3.parsing import CommandParser
 from torchrec_em3.parts import load_builtin_parts, load_plugins
@@ -20,7 +21,13 @@ def main(arguments: Sequence[str]) -> None:
     for registry in (TOWERS, HISTORIES, ALIGNMENTS, RANKERS, ENCODERS):
         print(f"{registry.kind}")
         for part in registry:
-            print(f"  {part.name:<18}{(part.build.__doc__ or '').strip().splitlines()[0]}")
-            defaults = part.options()
+            summary = next(iter((part.build.__doc__ or "").strip().splitlines()), "")
+            print(f"  {part.name:<18}{summary}".rstrip())
             for field in dataclasses.fields(part.options):
-                print(f"      {field.name} = {getattr(defaults, field.name)!r}")
+                print(f"      {field.name}{_default(field)}")
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return f" = {field.default!r}"
+    return f" = {field.default_factory()!r}" if field.default_factory is not dataclasses.MISSING else " (required)"

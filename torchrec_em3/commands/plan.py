@@ -110,13 +110,21 @@ def _facts(schema: FeatureSchema, config: Config) -> dict[str, str]:
     }
 
 
+def _make_folder(out: Path, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made ({error.strerror}); choose another place") from error
+
+
 def _write(out: Path, plans: Sequence[Mapping[str, Any]], facts: Mapping[str, str], measured: Table | None) -> None:
     if out.suffix == ".json":
         if len(plans) > 1:
             raise ConfigError(f"--out {out} holds one plan, and there are {len(plans)}; name a folder")
+        _make_folder(out, out.parent)
         write_json(out, plans[0])
         return
-    out.mkdir(parents=True, exist_ok=True)
+    _make_folder(out, out)
     write_json(out / "plan.json", {"facts": facts, "plans": plans})
     (out / "plan.md").write_text(to_markdown(plans, facts, measured), encoding="utf-8")
     (out / "plan.html").write_text(to_html(plans, facts, measured), encoding="utf-8")
