@@ -146,7 +146,11 @@ class BatchStream(IterableDataset[Batch]):
         return np.random.default_rng((self._seed, self._epoch)).permutation(self.num_rows)
 
     def _share(self, order: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return this rank's rows of a global batch, filled up to the same number on every rank, and their weights."""
+        """Return this rank's rows of a global batch, filled up to the same number on every rank, and their weights.
+
+        The weights of all ranks sum to the number of rows with the filler, so a weighted mean over each rank's rows is,
+        in the mean over ranks, that of the rows without it.
+        """
         if self._strata is not None:
             row_B = self._strata.share(order, start, self.global_batch_size)
             return row_B, np.ones(len(row_B), dtype=np.float32)
@@ -154,7 +158,8 @@ class BatchStream(IterableDataset[Batch]):
         per_rank = -(-len(rows) // self._world_size)
         mine = rows[self._rank * per_rank : (self._rank + 1) * per_rank]
         filler = np.repeat(rows[:1], per_rank - len(mine))
-        weight_B = np.repeat(np.array([1.0, 0.0], dtype=np.float32), [len(mine), len(filler)])
+        real = self._world_size * per_rank / len(rows)
+        weight_B = np.repeat(np.array([real, 0.0], dtype=np.float32), [len(mine), len(filler)])
         return np.concatenate([mine, filler]), weight_B
 
     def _collate(self, row_B: np.ndarray, weight_B: np.ndarray) -> Batch:

@@ -51,7 +51,8 @@ class Batch(Pipelineable):
         dense: Dense features [B, F], float32; F may be 0.
         label: 1.0 or 0.0, float32: [B] where there is one task, else [B, K] in the order of the data's tasks, the main
             one first. A ranker's logits have the same shape.
-        weight: Weight of the row in the loss and the metrics, float32; 0 marks a row that only fills up a batch.
+        weight: Weight of the row in the loss, float32, 1 in the mean over the rows of all ranks; 0 marks a row that
+            only fills up a batch, which also counts in no metric.
         user: Row of the user in users.parquet, int64; groups rows for per-user metrics, not looked up in any table.
     """
 

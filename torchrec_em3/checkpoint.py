@@ -28,10 +28,13 @@ from torchrec_em3.faults import fault_point
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.runlog import write_json
 from torchrec_em3.sharding import ShardedModel
+from torchrec_em3.table_steps import set_table_steps
 
-__all__ = ["CheckpointFolder", "training_state"]
+__all__ = ["TABLE_STEPS", "CheckpointFolder", "training_state"]
 
 logger = logging.getLogger(__name__)
+TABLE_STEPS = "table_steps"
+"""Name of what `table_steps` counts, among the plain values of a checkpoint."""
 
 
 class CheckpointFolder:
@@ -224,6 +227,7 @@ class CheckpointFolder:
         sharded.module.load_state_dict(state["model"])
         if optimizer:
             sharded.optimizer.load_state_dict(state["optimizer"])
+            set_table_steps(sharded, progress.get(TABLE_STEPS, 0))
         else:
             sharded.average.apply()
         _restore_random_state(random_state)

@@ -18,10 +18,11 @@ from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.shard import Shard
 
-from torchrec_em3.checkpoint import CheckpointFolder, training_state
+from torchrec_em3.checkpoint import TABLE_STEPS, CheckpointFolder, training_state
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.run_mirror import RunMirror
 from torchrec_em3.sharding import ShardedModel
+from torchrec_em3.table_steps import table_steps
 
 __all__ = ["CheckpointSaver", "copy_state"]
 
@@ -98,12 +99,13 @@ class CheckpointSaver:
             CheckpointError: If this checkpoint, or in the background the one before, cannot be written.
         """
         self.wait()
+        progress = {**progress, TABLE_STEPS: table_steps(sharded, self._ranks)}
         if self._writers is None:
             self._checkpoints.save(step, sharded, progress)
             self._retain(step, best_step)
         else:
             state = copy_state(training_state(sharded, self._ranks))
-            self._saving = self._writers.submit(partial(self._write, step, state, dict(progress), best_step))
+            self._saving = self._writers.submit(partial(self._write, step, state, progress, best_step))
 
     def _write(self, step: int, state: Mapping[str, Any], progress: Mapping[str, Any], best_step: int) -> None:
         self._checkpoints.write(step, state, progress, self._writing_ranks)

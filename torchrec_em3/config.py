@@ -15,10 +15,18 @@ __all__ = [
     "ModelConfig",
     "TableConfig",
     "TrainConfig",
+    "check_seed",
 ]
 
 NONE = "none"
 """Name that switches a pluggable part off."""
+SEEDS = 2**32
+
+
+def check_seed(option: str, seed: int) -> None:
+    """Refuse seeds that not all generators take."""
+    if not 0 <= seed < SEEDS:
+        raise ConfigError(f"--{option} is {seed}, must be from 0 to {SEEDS - 1}")
 
 
 def _at_least(option: str, value: float, limit: float) -> None:
@@ -178,8 +186,8 @@ class TableConfig:
             raise ConfigError(f"{where}: eviction is {self.eviction} with ids {self.ids}; only managed ids are evicted")
         if self.ids == "managed" and (set(self.sharding) - {"row_wise"} or set(self.kernels) - {"fused"}):
             raise ConfigError(f"{where}: a table of managed ids is row_wise and fused; leave sharding and kernels out")
-        if self.cached_share is not None and not 0.0 < self.cached_share <= 1.0:
-            raise ConfigError(f"--embeddings.tables: cached_share is {self.cached_share}, must be in (0, 1]")
+        if self.cached_share is not None and not 0.0 < self.cached_share < 1.0:
+            raise ConfigError(f"--embeddings.tables: cached_share is {self.cached_share}, must be in (0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +281,10 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     embeddings: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        check_seed("seed", self.seed)
 
     @property
     def uses_content(self) -> bool:

@@ -160,7 +160,8 @@ def select_trained(suffix: nn.Module, wanted: EncoderTraining) -> nn.Module:
 def check_bfloat16(config: EncodersConfig, device: torch.device) -> None:
     """Raise ConfigError if bfloat16 is wanted and the device has no instructions for it."""
     cpu: Any = torch.cpu  # those with AMX have AVX512_BF16, too
-    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu._is_avx512_bf16_supported()
+    cuda = device.type == "cuda"
+    has = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu._is_avx512_bf16_supported()
     if config.bfloat16 and not has:
         raise ConfigError(
             f"--model.encoders.bfloat16 needs CUDA from sm_80, or a CPU with AVX512_BF16 or AMX, which this "

@@ -100,16 +100,16 @@ def predict(
     sharded.module.train()
     fault_point("metrics")
     gathered = ranks.gather(parts)
-    if gathered is None:
-        return None
-    steps = [rank_part for step in zip(*gathered, strict=True) for rank_part in step]
-    columns = [np.concatenate(column) for column in zip(*steps, strict=True)]
-    predictions = Predictions(*columns)
-    bad = np.argwhere(~np.isfinite(predictions.logit))
-    if bad.size:
-        raise NumericError(
-            f"logit {predictions.logit[tuple(bad[0])]} at row {bad[0][0]} of split {split}; the model has diverged"
-        )
+    predictions, problem = None, ""
+    if gathered is not None:
+        steps = [rank_part for step in zip(*gathered, strict=True) for rank_part in step]
+        predictions = Predictions(*(np.concatenate(column) for column in zip(*steps, strict=True)))
+        bad = np.argwhere(~np.isfinite(predictions.logit))
+        if bad.size:
+            logit = predictions.logit[tuple(bad[0])]
+            problem = f"logit {logit} at row {bad[0][0]} of split {split}; the model has diverged"
+    if problem := ranks.broadcast(problem):  # all ranks say the same, and none waits for one that has ended
+        raise NumericError(problem)
     return predictions
 
 

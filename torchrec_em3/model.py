@@ -142,7 +142,7 @@ class EM3Model(nn.Module):
             content = self.content(items, self.step, pending.route)
             blocks |= content.blocks
             metrics = content.metrics
-            alignment = self._align(content, ids, items)
+            alignment = self._align(content, ids, items, batch.weight > 0)
         if self.codes is not None:
             blocks |= self.codes(items)
         if batch.dense.shape[1]:
@@ -176,13 +176,13 @@ class EM3Model(nn.Module):
         hidden_B = torch.rand(target_BD.shape[0], device=target_BD.device) < self.unknown_id_rate
         return torch.where(hidden_B[:, None], unknown_D, target_BD)
 
-    def _align(self, content: Content, ids: ItemRows, items: DistinctItems) -> Tensor | None:
+    def _align(self, content: Content, ids: ItemRows, items: DistinctItems, real_B: Tensor) -> Tensor | None:
         """Contrast content and ID of the distinct targets that have both and whose content was encoded in this step."""
         if self.alignment is None or not self.training:
             return None
+        count_U = torch.zeros_like(items.target_U).index_add_(0, items.row_B, real_B.to(items.target_U.dtype))
         # Places, not a mask: indexing by a mask makes the host wait for a GPU each time.
-        usable_E = (content.encoded_U & ids.known_U).nonzero().squeeze(1)
-        count_U = torch.zeros_like(items.target_U).index_add_(0, items.row_B, torch.ones_like(items.row_B))
+        usable_E = (content.encoded_U & ids.known_U & (count_U > 0)).nonzero().squeeze(1)
         loss: Tensor = self.alignment(
             content.target_UD[usable_E], ids.target_UD[usable_E], items.target_U[usable_E], count_U[usable_E]
         )
@@ -190,10 +190,10 @@ class EM3Model(nn.Module):
 
     @staticmethod
     def _rank_loss(logit: Tensor, batch: Batch) -> Tensor:
-        """Binary cross-entropy, mean over the rows that count: a scalar where there is one task, else [K]."""
+        """Binary cross-entropy, weighted mean over the rows: a scalar where there is one task, else [K]."""
         loss = functional.binary_cross_entropy_with_logits(logit, batch.label, reduction="none")
         weight = batch.weight if loss.dim() == 1 else batch.weight[:, None]
-        return (loss * weight).sum(0) / batch.weight.sum().clamp_min(1.0)
+        return (loss * weight).mean(0)
 
 
 def _feature_blocks(schema: FeatureSchema) -> dict[str, str]:

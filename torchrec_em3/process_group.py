@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from torchrec_em3.errors import ConfigError
+
 __all__ = ["Ranks", "process_group"]
 
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3
@@ -66,6 +68,9 @@ def process_group(timeout_seconds: float = 1800.0) -> Iterator[Ranks]:
     """Join the process group that torchrun describes in the environment, or make one of a single process.
 
     gloo on CPU, nccl on CUDA; a process on CUDA takes the device of its local rank.
+
+    Raises:
+        ConfigError: If there is no device for this process.
     """
     environment = os.environ
     world_size = int(environment.get("WORLD_SIZE", "1"))
@@ -75,6 +80,7 @@ def process_group(timeout_seconds: float = 1800.0) -> Iterator[Ranks]:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        _check_device(local_rank, world_size)
         torch.cuda.set_device(device)
     else:
         _share_cores(local_world_size)
@@ -94,6 +100,20 @@ def process_group(timeout_seconds: float = 1800.0) -> Iterator[Ranks]:
     finally:
         if started:
             dist.destroy_process_group()
+
+
+def _check_device(local_rank: int, world_size: int) -> None:
+    devices = torch.cuda.device_count()
+    if local_rank >= devices:
+        raise ConfigError(
+            f"LOCAL_RANK is {local_rank}, but this machine shows {devices} CUDA devices; start as many processes a "
+            'machine, or none on CUDA by CUDA_VISIBLE_DEVICES=""'
+        )
+    if world_size > 1 and "LOCAL_RANK" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size} and LOCAL_RANK is not set, which says which CUDA device is this process's; "
+            "start with torchrun, or set it"
+        )
 
 
 def _keep_freed_memory() -> None:

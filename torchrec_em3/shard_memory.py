@@ -5,15 +5,31 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torchrec.modules.tensor_pool import TensorPool
 
 from torchrec_em3.errors import ConfigError
 from torchrec_em3.number_format import size
 from torchrec_em3.plan_budget import model_budget
 
-__all__ = ["room_for_shards"]
+__all__ = ["check_bank_split", "room_for_shards"]
 
 NO_MEMORY = "can't allocate memory"
 """What PyTorch's allocator says on a CPU, in a plain RuntimeError."""
+
+
+def check_bank_split(model: nn.Module, world_size: int) -> None:
+    """Refuse a content bank of which TorchRec would give the last rank fewer rows than none.
+
+    Raises:
+        ConfigError: If the blocks of the ranks before it hold more rows than there are.
+    """
+    for rows in (module.pool_size for module in model.modules() if isinstance(module, TensorPool)):
+        block = -(-rows // world_size)
+        if block * (world_size - 1) > rows:
+            raise ConfigError(
+                f"the content bank of {rows} rows cannot be split over {world_size} ranks, in blocks of {block}; use "
+                f"{-(-rows // block)} ranks at most, or --model.history none --model.encode_fraction 1"
+            )
 
 
 @contextmanager

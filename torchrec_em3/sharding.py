@@ -46,7 +46,7 @@ from torchrec_em3.plan_budget import BudgetReservation, model_budget
 from torchrec_em3.plan_report import PlanReport
 from torchrec_em3.process_group import Ranks
 from torchrec_em3.registry import closest
-from torchrec_em3.shard_memory import room_for_shards
+from torchrec_em3.shard_memory import check_bank_split, room_for_shards
 from torchrec_em3.topology import Cluster
 from torchrec_em3.weight_average import WeightAverage
 
@@ -176,6 +176,7 @@ def estimate(model: EM3Model, config: Config, cluster: Cluster) -> PlanReport:
     Raises:
         ConfigError: If a table's constraints leave no way to shard it, or the optimizer does not run on the device.
     """
+    check_bank_split(model, cluster.world_size)
     report = PlanReport()
     _fuse_optimizers(model, config.embeddings, torch.device(cluster.device))
     try:
@@ -201,14 +202,20 @@ def make_plan(model: EM3Model, config: Config, cluster: Cluster, ranks: Ranks) -
         The plan and its report.
 
     Raises:
-        ConfigError: If the tables do not fit or a sharding type does not suit them.
+        ConfigError: If the tables or the bank do not fit or a sharding type does not suit them.
     """
+    check_bank_split(model, cluster.world_size)
     report = PlanReport()
     planner = _planner(model, config, cluster, report)
-    try:
-        plan = planner.collective_plan(model, _sharders(cluster.device), ranks.group)
-    except (PlannerError, RuntimeError) as error:
-        raise _no_plan(config, cluster, error) from error
+    plan, problem = None, None
+    if ranks.is_first:
+        try:
+            plan = planner.plan(model, _sharders(cluster.device))
+        except (PlannerError, RuntimeError) as error:
+            problem = _no_plan(config, cluster, error)
+    plan, problem = ranks.broadcast((plan, problem))  # all ranks say the same, and none waits for one that has ended
+    if problem is not None:
+        raise problem
     for name, module in model.named_modules():
         if isinstance(module, TensorPool):
             plan.plan[name] = ObjectPoolShardingPlan(ObjectPoolShardingType.ROW_WISE)
@@ -216,7 +223,8 @@ def make_plan(model: EM3Model, config: Config, cluster: Cluster, ranks: Ranks) -
 
 
 def _no_plan(config: Config, cluster: Cluster, error: Exception) -> ConfigError:
-    first_line = str(error).strip().splitlines()[0]
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    first_line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return ConfigError(
         f"no sharding plan for {cluster.world_size} x {cluster.device} with --embeddings.sharding "
         f"{config.embeddings.sharding}: {first_line}"

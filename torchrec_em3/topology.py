@@ -1,5 +1,6 @@
 """The machines that a plan is made for: presets by name, YAML files, and TorchRec's description of them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +59,11 @@ class Cluster:
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"topology: device is '{self.device}', must be cpu or cuda")
         for field in ("hbm_gb", "ddr_gb"):
-            if getattr(self, field) < 0:
-                raise ConfigError(f"topology: {field} is {getattr(self, field)}, must be at least 0")
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ConfigError(f"topology: {field} is {getattr(self, field)}, must be a finite number >= 0")
         for field, value in self._bandwidths().items():
-            if value is not None and value <= 0:
-                raise ConfigError(f"topology: {field} is {value}, must be greater than 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"topology: {field} is {value}, must be a finite number > 0")
 
     @property
     def num_hosts(self) -> int:

@@ -142,10 +142,13 @@ class TrainingSteps:
         return True
 
     def take_averages(self) -> dict[str, float]:
-        """Return the means of the metrics of the steps since the last call."""
+        """Return the means of the metrics of the steps since the last call; on rank 0, over all ranks. Collective."""
         means = {name: float(value) / self._count for name, value in self._sums.items()}
         self._sums, self._count = {}, 0
-        return means
+        gathered = self._ranks.gather(means)
+        if gathered is None:
+            return means
+        return {name: sum(part[name] for part in gathered) / len(gathered) for name in means}
 
 
 def saved_values(progress: Progress, ranks: Ranks) -> dict[str, Any]:

@@ -186,6 +186,10 @@ def _compare_slice(
     data: Mapping[str, PreparedData],
 ) -> SliceComparison:
     both = [_slice(record, key) for record in (*first, *second)]
+    if pairs:
+        # Of the very runs that the interval is of, so that it is one of the difference that is shown.
+        shown = [pair for pair in pairs if all(_slice(run, key).get("auc") is not None for run in pair)]
+        first, second = [a for a, _ in shown], [b for _, b in shown]
     return SliceComparison(
         title=SLICE_TITLES[key] if key else "all test rows",
         n=int(next((part["n"] for part in both if part.get("n") is not None), 0)),

@@ -55,6 +55,23 @@ def test_evaluation_yields_every_row_once_in_time_order_for_any_number_of_ranks(
     assert [row for step in zip(*ranks, strict=True) for row in rows(step)] == alone
 
 
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 40), (7, 11), (8, 11), (16, 5)])
+def test_a_weighted_mean_over_ranks_is_that_of_the_rows_without_filler(
+    tiny_data: Path, world_size: int, batch_size: int
+) -> None:
+    ranks = [
+        list(stream(tiny_data, "test", batch_size=batch_size, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    fill = 0
+    for step in zip(*ranks, strict=True):
+        real = torch.cat([batch.label[batch.weight > 0] for batch in step])
+        means = [(batch.label * batch.weight).mean() for batch in step]
+        assert float(sum(means) / world_size) == pytest.approx(float(real.mean()))
+        fill += sum(len(batch) for batch in step) - len(real)
+    assert fill > 0 or world_size == 1
+
+
 def test_training_order_does_not_depend_on_the_number_of_ranks(tiny_data: Path) -> None:
     alone = rows(stream(tiny_data, batch_size=64, seed=3))
     pair = [list(stream(tiny_data, batch_size=32, seed=3, rank=rank, world_size=2)) for rank in range(2)]

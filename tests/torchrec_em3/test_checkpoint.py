@@ -20,6 +20,7 @@ from torchrec_em3.build import build_sharded, open_data
 from torchrec_em3.checkpoint import CheckpointFolder
 from torchrec_em3.checkpoint_manifest import digest, read_manifest, write_manifest
 from torchrec_em3.checkpoint_metadata import ALLOWED, read_metadata
+from torchrec_em3.checkpoint_saver import CheckpointSaver
 from torchrec_em3.commands.train import train
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig
 from torchrec_em3.errors import CheckpointError
@@ -28,6 +29,7 @@ from torchrec_em3.parsing import resolve_parts
 from torchrec_em3.process_group import Ranks, process_group
 from torchrec_em3.run_folder import read_run
 from torchrec_em3.sharding import ShardedModel
+from torchrec_em3.table_steps import set_table_steps, table_steps
 
 DAMAGES = ["flip", "truncate", "delete", "metadata", "no_manifest", "torn_manifest", "empty_manifest"]
 
@@ -287,6 +289,19 @@ def test_a_generator_that_the_checkpoint_does_not_know_is_left_as_it_is(
     before = torch.get_rng_state()
     assert CheckpointFolder(run / "checkpoints", ranks).load(18, sharded)["step"] == 18
     assert not torch.get_rng_state().equal(before), "that of the CPU is there"
+
+
+def test_the_steps_that_the_tables_optimizers_count_are_kept(run: Path, ranks: Ranks, tmp_path: Path) -> None:
+    config = read_run(run)
+    sharded, fresh = (build_sharded(config, open_data(config), ranks) for _ in range(2))
+    CheckpointFolder(run / "checkpoints", ranks).load(18, sharded)
+    set_table_steps(sharded, 7)
+    folder = CheckpointFolder(tmp_path / "checkpoints", ranks)
+    with CheckpointSaver(folder, ranks, background=False, keep=1) as saver:
+        saver.save(3, sharded, {}, best_step=3)
+    assert table_steps(fresh, ranks) == 0
+    folder.load(3, fresh)
+    assert table_steps(fresh, ranks) == 7
 
 
 @pytest.mark.fault

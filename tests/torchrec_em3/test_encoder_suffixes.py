@@ -151,6 +151,12 @@ def test_bfloat16_needs_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
         check_bfloat16(EncodersConfig(bfloat16=True), torch.device("cpu"))
 
 
+def test_bfloat16_that_a_gpu_emulates_is_none_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(ConfigError, match="which this cuda is not; leave it off"):
+        check_bfloat16(EncodersConfig(bfloat16=True), torch.device("cuda"))
+
+
 @pytest.mark.parametrize(
     ("recorded", "training", "layers", "message"),
     [

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 
@@ -304,7 +305,7 @@ def test_a_stream_killed_at_a_place_resumes_exactly(
     assert lines(run) == lines(calm)
 
 
-def _follow_or_stop(config: Config, shards: Path, resume: bool, stop_at: int) -> str:
+def _follow_or_stop(config: Config, shards: Path, trained: Path, resume: bool, stop_at: int) -> str:
     """Follow on this rank; rank 1 alone sends itself SIGTERM before step `stop_at`."""
     original = follow_module.Follower._train_step
 
@@ -315,7 +316,7 @@ def _follow_or_stop(config: Config, shards: Path, resume: bool, stop_at: int) ->
 
     follow_module.Follower._train_step = step  # type: ignore[method-assign]
     try:
-        fit(config, shards, resume=resume)
+        fit(config, shards, trained, resume=resume)
     except Preempted as stopped:
         return str(stopped)
     finally:
@@ -323,17 +324,17 @@ def _follow_or_stop(config: Config, shards: Path, resume: bool, stop_at: int) ->
     return "done"
 
 
-def _both_ways(calm: Config, broken: Config, shards: Path) -> list[str]:
+def _both_ways(calm: Config, broken: Config, shards: Path, trained: Path, stop_at: int) -> list[str]:
     return [
-        _follow_or_stop(calm, shards, False, 0),
-        _follow_or_stop(broken, shards, False, 6),
-        _follow_or_stop(broken, shards, True, 0),
+        _follow_or_stop(calm, shards, trained, False, 0),
+        _follow_or_stop(broken, shards, trained, False, stop_at),
+        _follow_or_stop(broken, shards, trained, True, 0),
     ]
 
 
 @pytest.mark.slow
-def test_two_ranks_stop_together_resume_exactly_and_measure_as_one(
-    tiny_data: Path, tmp_path: Path, shards: Path
+def test_two_ranks_stop_together_resume_exactly_and_train_as_one(
+    tiny_data: Path, tmp_path: Path, shards: Path, trained: Path
 ) -> None:
     calm, broken, single = (config_for(tiny_data, tmp_path / name) for name in ("calm", "broken", "single"))
     # The same global batch on one rank and on two; no chance, which differs from rank to rank.
@@ -343,10 +344,20 @@ def test_two_ranks_stop_together_resume_exactly_and_measure_as_one(
         dataclasses.replace(config, model=model, loader=LoaderConfig(batch_size=16, max_history=10))
         for config in (calm, broken)
     )
-    said = run_ranks(2, _both_ways, calm, broken, shards, timeout=240)
-    assert all(answer[0] == answer[2] == "done" and "stopped by SIGTERM at step 6" in answer[1] for answer in said)
+    stop_at = json.loads((trained / "training.json").read_text())["best_step"] + 6
+    odd = tmp_path / "odd"
+    for name in list_shards(shards):  # two ranks then fill up the last step of each
+        table = pq.read_table(shards / name).slice(1)
+        write_shard(odd / name, {column: table[column] for column in table.column_names})
+    (odd / END_FILE).touch()
+    said = run_ranks(2, _both_ways, calm, broken, odd, trained, stop_at, timeout=240)
+    stopped = f"stopped by SIGTERM at step {stop_at}"
+    assert all(answer[0] == answer[2] == "done" and stopped in answer[1] for answer in said)
     assert lines(Path(broken.run)) == lines(Path(calm.run))
-    fit(single, shards)
+    fit(single, odd, trained)
     for two, one in zip(lines(Path(calm.run), "progressive"), lines(Path(single.run), "progressive"), strict=True):
         assert two["n"] == one["n"]
-        assert two["logloss"] == pytest.approx(one["logloss"], rel=2e-3)
+        assert two["logloss"] == pytest.approx(one["logloss"], rel=1e-5)
+    trained_on = ("rank_loss", "alignment_loss", "samples")
+    for two, one in zip(lines(Path(calm.run), "train"), lines(Path(single.run), "train"), strict=True):
+        assert [two[name] for name in trained_on] == pytest.approx([one[name] for name in trained_on], rel=1e-5)

@@ -33,10 +33,10 @@ def test_several_topologies_are_written_as_json_markdown_and_html(
 
 def test_the_options_of_one_cluster_still_describe_it(tiny_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    cluster = ("--world_size", "64", "--local_world_size", "8", "--device", "cuda", "--hbm_gb", "80")
+    cluster = ("--world_size", "16", "--local_world_size", "8", "--device", "cuda", "--hbm_gb", "80")
     assert plan("--data", str(tiny_data), *cluster, "--out", str(out)) == 0
     written = json.loads(out.read_text())
-    assert (written["world_size"], written["local_world_size"], written["device"]) == (64, 8, "cuda")
+    assert (written["world_size"], written["local_world_size"], written["device"]) == (16, 8, "cuda")
     assert written["memory_bytes"]["hbm"] == 80 * 1024**3
 
 
@@ -80,6 +80,12 @@ def test_a_plan_is_written_below_folders_that_are_not_there_yet(
         (("--embeddings.tables", '{"item_table": {"sharding": ["row_wide"]}}'), "row_wide"),
         (("--embeddings.tables", '{"item_table": {"shardin": ["row_wise"]}}'), "Did you mean 'sharding'"),
         (("--embeddings.tables", '{"item_table": {"cached_share": 0}}'), "cached_share is 0"),
+        (("--embeddings.tables", '{"item_table": {"cached_share": 1}}'), "cached_share is 1"),
+        (
+            ("--model.content", "concat", "--world_size", "4", "--rows", "user=9,item=4"),
+            "5 rows cannot be split over 4",
+        ),
+        (("--seed", "-1"), "--seed is -1, must be from 0 to 4294967295"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(

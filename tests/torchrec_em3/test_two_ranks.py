@@ -5,13 +5,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import tests.tiny_parts  # noqa: F401
 from benchmarks.whole_em3 import WHOLE_EM3
 from tests.gang import Gang
 from tests.stopped_training import fit
+from torchrec_em3.build import build_model, build_sharded, open_data
 from torchrec_em3.commands import evaluate
 from torchrec_em3.config import Config, LoaderConfig, ModelConfig, TrainConfig
+from torchrec_em3.errors import EM3Error
+from torchrec_em3.evaluate import evaluate_split
+from torchrec_em3.parsing import resolve_parts
+from torchrec_em3.parts import load_builtin_parts
+from torchrec_em3.process_group import process_group
+from torchrec_em3.sharding import Cluster, make_plan
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +50,37 @@ def test_a_stop_on_one_rank_stops_both_and_resume_goes_on_exactly(gang: Gang, ti
     assert lines[0] == lines[1]
     assert resumed["test"] == expected["test"]
     assert expected["world_size"] == 2
+
+
+def _refused(config: Config, kind: str) -> str:
+    """Return what this rank says of what rank 0 alone can see."""
+    load_builtin_parts()
+    with process_group() as ranks:
+        data = open_data(config)
+        try:
+            if kind == "plan":
+                make_plan(
+                    build_model(config, data), config, Cluster(world_size=2, local_world_size=2, ddr_gb=1e-6), ranks
+                )
+            sharded = build_sharded(config, data, ranks)
+            with torch.no_grad():
+                next(sharded.model.ranker.parameters()).fill_(torch.nan)
+            evaluate_split(sharded, data, "validation", config, ranks)
+        except EM3Error as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("plan", "ConfigError: no sharding plan for 2 x cpu"), ("logit", "NumericError: logit nan at row")],
+)
+def test_what_rank_0_alone_sees_is_said_by_both(
+    gang: Gang, tiny_data: Path, tmp_path: Path, kind: str, message: str
+) -> None:
+    said = gang.run(_refused, resolve_parts(config_for(tiny_data, tmp_path / "run")), kind)
+    assert said[0] == said[1]
+    assert said[0].startswith(message)
 
 
 def test_a_run_of_two_ranks_is_evaluated_on_one(gang: Gang, tiny_data: Path, tmp_path: Path) -> None:

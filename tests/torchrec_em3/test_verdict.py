@@ -60,6 +60,15 @@ def test_seeds_are_averaged_and_give_the_interval(data, tmp_path):
     assert "3 pairs" in comparison.basis
 
 
+def test_the_difference_is_of_the_runs_that_its_interval_is_of(data, tmp_path):
+    folders = [fake_run(tmp_path / f"id{seed}", data, content=False, seed=seed) for seed in (1, 2, 9)]
+    folders += [fake_run(tmp_path / f"em3{seed}", data, content=True, seed=seed) for seed in (1, 2, 7)]
+    records, [comparison] = compared(folders, data)
+    whole = comparison.slices[0]
+    assert whole.difference == pytest.approx(sum(whole.interval) / 2)
+    assert whole.first == pytest.approx(np.mean([record.test["auc"] for record in records[:2]]))
+
+
 def test_runs_on_other_data_or_splits_are_not_compared(data, tmp_path, tiny_data):
     other = PreparedData.open(tiny_data)
     folders = [fake_run(tmp_path / "a", data, content=False), fake_run(tmp_path / "b", other, content=True)]

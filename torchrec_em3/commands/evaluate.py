@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchrec_em3.commands.train import measure
+from torchrec_em3.config import check_seed
 from torchrec_em3.missing_modalities import measure_without_modalities
 from torchrec_em3.number_format import decimals
 from torchrec_em3.parsing import CommandParser
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--drop_seed", type=int, default=0, help="Seed of that draw.")
     values = parser.parse(arguments)
+    check_seed("drop_seed", values.drop_seed)
     run = Path(values.run)
     with process_group() as ranks:
         configure_logging(ranks.is_first)
