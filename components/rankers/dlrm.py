@@ -56,9 +56,10 @@ class DlrmRanker(nn.Module):
 
     def __init__(self, options: DlrmRankerOptions, block_dims: Mapping[str, int], num_tasks: int = 1) -> None:
         super().__init__()
-        blocks = Blocks("dlrm", block_dims)
-        width, first = blocks.common_width, next(iter(block_dims))
-        self.sparse = [name for name in blocks.embeddings if name != first]
+        first, *others = Blocks("dlrm", block_dims).dims
+        beside = Blocks("dlrm", {name: block_dims[name] for name in others} or block_dims)
+        width = beside.common_width
+        self.sparse = [name for name in beside.embeddings if name != first]
         self.dense = [name for name in block_dims if name not in self.sparse]
         if not self.sparse:
             raise ConfigError(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -101,6 +101,7 @@ def test_a_users_ranker_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.M
         build_ranker(options, BLOCK_DIMS, ["click", "like"])
 
 
+@example(name="dlrm", widths=[1, 2], num_rows=1, num_tasks=2)
 @given(
     name=st.sampled_from(sorted(BUILTIN)),
     widths=st.lists(st.integers(1, 5), min_size=2, max_size=6),
