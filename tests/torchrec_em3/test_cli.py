@@ -170,7 +170,7 @@ def test_train_evaluate_report_plan_contract(tiny_data: Path, tmp_path: Path) ->
         "--data",
         str(tiny_data),
         "--world_size",
-        "64",
+        "16",
         "--local_world_size",
         "8",
         "--device",
@@ -181,7 +181,7 @@ def test_train_evaluate_report_plan_contract(tiny_data: Path, tmp_path: Path) ->
         str(tmp_path / "plan.json"),
     )
     assert "item_table" in log.read_text()
-    assert json.loads((tmp_path / "plan.json").read_text())["world_size"] == 64
+    assert json.loads((tmp_path / "plan.json").read_text())["world_size"] == 16
     for name in ("config.yaml", "metrics.jsonl", "plan.json", "plan.txt", "versions.json", "embeddings.npz"):
         assert (em3_run / name).is_file()
     assert list((em3_run / "tensorboard").iterdir())
