@@ -13,6 +13,7 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,13 @@ def _hash_of_data(folder: Path, meta: dict[str, Any]) -> str:
     return hash_of([contents, {name: meta[name] for name in ("dataset", "split", "seed", "counts", "modalities")}])
 
 
+@cache
+def _describe_data(folder: Path) -> dict[str, Any]:
+    """Return name, hash and sizes of a prepared folder, which all rows and seeds on it share; it is read once."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return {"name": meta["dataset"], "hash": _hash_of_data(folder, meta), "counts": meta["counts"]}
+
+
 def _slug(label: str) -> str:
     return re.sub(r"[^a-z0-9._]+", "-", label.lower()).strip("-")
 
@@ -140,9 +148,7 @@ class _Matrix:
 
     def _about(self, dataset: DataSet, split: str, row: Row, seed: int) -> dict[str, Any]:
         """Return what is compared, and on which data."""
-        folder = Path(self.preparation(dataset, split, seed)[0])
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        data = {"name": meta["dataset"], "hash": _hash_of_data(folder, meta), "counts": meta["counts"]}
+        data = _describe_data(Path(self.preparation(dataset, split, seed)[0]))
         return {
             "suite": self.suite.name,
             "dataset": dataset.name,
